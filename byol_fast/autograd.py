@@ -1,0 +1,289 @@
+"""The autograd Functions of the three operations.
+
+The training step computes its weight gradients in the forward pass, while a tile of X is in cache, unscaled; the
+backward pass only multiplies them by c = 2·grad_output, last, so that nothing underflows in half precision. Gradients of
+the input and the target, which are as large as the data, wait for the backward pass; for them the forward pass keeps the
+code and its gradient, ``[N, K]`` each.
+
+The backward pass of each Function is a Function too: the first derivatives come from kernels, their own derivatives
+(double backward) from the reference, which autograd differentiates to any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+
+_OptionalTensors = Sequence["Tensor | None"]
+
+
+def squared_error(input: Tensor, target: Tensor, backend: str) -> Tensor:
+    """Σ (input − target)² of two tensors of one shape, 0-dim, in the accumulation dtype."""
+    if not any(_needs(input, target)):
+        return ops.squared_error(input, target, backend)
+    return _apply(_SquaredError, input, target, backend)
+
+
+def bottleneck(
+    input: Tensor,
+    encoder_weight: Tensor,
+    decoder_weight: Tensor | None,
+    encoder_bias: Tensor | None,
+    decoder_bias: Tensor | None,
+    activation: str,
+    residual: bool,
+    backend: str,
+) -> Tensor:
+    """``decode(f(encode(input)))`` of a matrix ``[N, D]``: ``[N, Dₒ]`` in its dtype."""
+    tensors = (input, encoder_weight, decoder_weight, encoder_bias, decoder_bias)
+    needs = _needs(*tensors)
+    if not any(needs):
+        return ops.bottleneck(*tensors, activation, residual, False, backend)[0]
+    # Only the decoder bias' gradient can do without the code.
+    return _apply(_Bottleneck, *tensors, activation, residual, any(needs[:4]), backend)[0]
+
+
+def bottleneck_squared_error(
+    input: Tensor,
+    target: Tensor | None,
+    encoder_weight: Tensor,
+    decoder_weight: Tensor | None,
+    encoder_bias: Tensor | None,
+    decoder_bias: Tensor | None,
+    activation: str,
+    backend: str,
+) -> Tensor:
+    """Σ (decode(f(encode(input))) − target)², 0-dim, in the accumulation dtype; the target is the input if None."""
+    tensors = (input, target, encoder_weight, decoder_weight, encoder_bias, decoder_bias)
+    needs = _needs(*tensors)
+    if not any(needs):
+        return ops.step(*tensors, activation, needs[2:], False, backend)[0]
+    return _apply(_BottleneckSquaredError, *tensors, activation, needs, backend)[0]
+
+
+def _needs(*tensors: Tensor | None) -> list[bool]:
+    """Which of the tensors will want a gradient."""
+    enabled = torch.is_grad_enabled()
+    return [enabled and tensor is not None and tensor.requires_grad for tensor in tensors]
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    return function.apply(*args)  # type: ignore[no-untyped-call]
+
+
+def _backward(function: type[_Kernel], grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    """The gradients, tied to the graph only when somebody may differentiate them again."""
+    if torch.is_grad_enabled():
+        return tuple(_apply(function, grad, *args))
+    return function.forward(grad, *args)
+
+
+def _scaled(gradient: Tensor, scale: Tensor, like: Tensor | None, needed: bool) -> Tensor | None:
+    """``scale·gradient`` in the dtype of the tensor it belongs to: the one place where c is applied to weights."""
+    return (gradient * scale).to(like.dtype) if needed and like is not None else None
+
+
+class _Kernel(torch.autograd.Function):
+    """What all Functions here have in common."""
+
+    generate_vmap_rule = True
+
+
+def _second_order(
+    function: Callable[..., Tensor],
+    inputs: _OptionalTensors,
+    needs: Sequence[bool],
+    grad: Tensor,
+    cotangents: _OptionalTensors,
+) -> tuple[Tensor | None, ...]:
+    """Vector–Jacobian product of ``(grad, *inputs) ↦ (gradients of function that are needed)``: (grad, *inputs)."""
+    with torch.enable_grad():
+        # A view of its own for each argument: the same tensor may be passed twice and must not count twice.
+        aliases = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+        grad_alias = grad.view_as(grad)
+        wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need and alias is not None]
+        output = function(*aliases)
+        first = torch.autograd.grad(output, wanted, grad_alias.to(output.dtype), create_graph=True)
+        pairs = [
+            (gradient, cotangent)
+            for gradient, cotangent in zip(first, (c for c, n in zip(cotangents, needs, strict=True) if n), strict=True)
+            if cotangent is not None and gradient.requires_grad
+        ]
+        sources = [grad_alias, *wanted] if grad.requires_grad else wanted
+        second = torch.autograd.grad(
+            [gradient for gradient, _ in pairs],
+            sources,
+            [cotangent for _, cotangent in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    remaining = iter(second)
+    grad_of_grad = next(remaining) if grad.requires_grad else None
+    return (grad_of_grad, *(next(remaining) if need else None for need in needs))
+
+
+# -------------------------------------------------------------------------------------------------- squared error
+
+
+class _SquaredError(_Kernel):
+    @staticmethod
+    def forward(input: Tensor, target: Tensor, backend: str) -> Tensor:
+        return ops.squared_error(input, target, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, target, ctx.backend = inputs
+        ctx.save_for_backward(input, target)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        gradients = _backward(_SquaredErrorBackward, grad, *ctx.saved_tensors, ctx.needs_input_grad[:2], ctx.backend)
+        return *gradients, None
+
+
+class _SquaredErrorBackward(_Kernel):
+    @staticmethod
+    def forward(
+        grad: Tensor, input: Tensor, target: Tensor, needs: Sequence[bool], backend: str
+    ) -> tuple[Tensor | None, ...]:
+        results = ops.squared_error_backward(input, target, 2 * grad, list(needs), backend)
+        return tuple(result if need else None for result, need in zip(results, needs, strict=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        grad, input, target, ctx.needs, _ = inputs
+        ctx.save_for_backward(grad, input, target)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        grad, *inputs = ctx.saved_tensors
+        return *_second_order(_reference_squared_error, inputs, ctx.needs, grad, cotangents), None, None
+
+
+def _reference_squared_error(input: Tensor, target: Tensor) -> Tensor:
+    return reference.mse_loss(input, target, "sum")
+
+
+# ----------------------------------------------------------------------------------------------------- bottleneck
+
+
+class _Bottleneck(_Kernel):
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(ops.bottleneck(*args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.activation, ctx.residual, _, ctx.backend = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+        *tensors, code = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:5]
+        options = (ctx.activation, ctx.residual, needs, ctx.backend)
+        return *_backward(_BottleneckBackward, grad, *tensors, code, *options), None, None, None, None
+
+
+class _BottleneckBackward(_Kernel):
+    @staticmethod
+    def forward(
+        grad: Tensor,
+        input: Tensor,
+        encoder_weight: Tensor,
+        decoder_weight: Tensor | None,
+        encoder_bias: Tensor | None,
+        decoder_bias: Tensor | None,
+        code: Tensor,
+        activation: str,
+        residual: bool,
+        needs: Sequence[bool],
+        backend: str,
+    ) -> tuple[Tensor | None, ...]:
+        results = ops.bottleneck_backward(
+            grad, input, encoder_weight, decoder_weight, code, activation, residual, list(needs), backend
+        )
+        return tuple(result.to(input.dtype) if need else None for result, need in zip(results, needs, strict=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, _, ctx.activation, ctx.residual, ctx.needs, _ = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        grad, *inputs = ctx.saved_tensors
+
+        def function(*tensors: Any) -> Tensor:
+            return reference.bottleneck(*tensors, activation=ctx.activation, residual=ctx.residual)
+
+        gradients = _second_order(function, inputs, ctx.needs, grad, cotangents)
+        return *gradients, None, None, None, None, None
+
+
+# ------------------------------------------------------------------------- squared error of a bottleneck: the step
+
+
+class _BottleneckSquaredError(_Kernel):
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        *tensors, activation, needs, backend = args
+        return tuple(ops.step(*tensors, activation, needs[2:], any(needs[:2]), backend))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.activation, ctx.needs, ctx.backend = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*tensors, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+        options = (ctx.activation, ctx.needs, ctx.backend)
+        return *_backward(_BottleneckSquaredErrorBackward, grad, *ctx.saved_tensors, *options), None, None, None
+
+
+class _BottleneckSquaredErrorBackward(_Kernel):
+    @staticmethod
+    def forward(grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+        tensors, gradients, (code, code_gradient) = args[:6], args[6:10], args[10:12]
+        _, needs, backend = args[12:]
+        input, target, encoder_weight, decoder_weight, _, decoder_bias = tensors
+        scale = 2 * grad
+        weights = [_scaled(*pair) for pair in zip(gradients, [scale] * 4, tensors[2:], needs[2:], strict=True)]
+        if not any(needs[:2]):
+            return None, None, *weights
+        data = ops.step_input_gradients(
+            input,
+            target,
+            encoder_weight,
+            decoder_weight,
+            decoder_bias,
+            code,
+            code_gradient,
+            scale,
+            needs[:2],
+            backend,
+        )
+        return *(result if need else None for result, need in zip(data, needs[:2], strict=True)), *weights
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.activation, ctx.needs, _ = inputs[13:]
+        ctx.save_for_backward(*inputs[:7])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        grad, *inputs = ctx.saved_tensors
+
+        def function(input: Tensor, target: Tensor | None, *weights: Any) -> Tensor:
+            return reference.bottleneck_mse_loss(
+                input, *weights, target=target, activation=ctx.activation, reduction="sum"
+            )
+
+        return *_second_order(function, inputs, ctx.needs, grad, cotangents), *[None] * 9

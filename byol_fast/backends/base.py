@@ -1,0 +1,104 @@
+"""What a backend offers: a name, a reason when it cannot run, and six kernels.
+
+Shapes: input ``[N, D]``, target ``[N, Dₒ]``, encoder_weight ``[K, D]``, decoder_weight ``[Dₒ, K]`` (None = tied),
+encoder_bias ``[K]``, decoder_bias ``[Dₒ]``, all of one dtype and device, any strides. Sums, codes and gradients leave a
+kernel unscaled in the accumulation dtype (:func:`accumulation_dtype`); the scale and the cast to the user's dtype come
+last. A result that was not asked for is an empty tensor of shape ``[0]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which kernels add up: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Backend(Protocol):
+    """One way to run the operations."""
+
+    name: str
+
+    def unavailable(self) -> str | None:
+        """None, or why this backend cannot run on this machine."""
+
+    def refuses(self, tensors: Sequence[Tensor]) -> str | None:
+        """None, or why this backend cannot run on these tensors."""
+
+    def form(self, dtype: torch.dtype, tied: bool) -> str:
+        """How :meth:`step` computes: the words :func:`byol_fast.explain` shows."""
+
+
+class Kernels(Backend, Protocol):
+    """A backend with kernels of its own (the reference has none: it is differentiated by autograd)."""
+
+    def squared_error(self, input: Tensor, target: Tensor) -> Tensor:
+        """Σ (input − target)², 0-dim."""
+
+    def squared_error_backward(
+        self, input: Tensor, target: Tensor, scale: Tensor, needs: Sequence[bool]
+    ) -> list[Tensor]:
+        """``scale·(input − target)`` and its negative, in the dtype of the input."""
+
+    def bottleneck(
+        self,
+        input: Tensor,
+        encoder_weight: Tensor,
+        decoder_weight: Tensor | None,
+        encoder_bias: Tensor | None,
+        decoder_bias: Tensor | None,
+        activation: str,
+        residual: bool,
+        save_code: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The output ``[N, Dₒ]`` in the input's dtype, and the pre-activation U ``[N, K]``."""
+
+    def bottleneck_backward(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        encoder_weight: Tensor,
+        decoder_weight: Tensor | None,
+        code: Tensor,
+        activation: str,
+        residual: bool,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """Gradients of (input, encoder_weight, decoder_weight, encoder_bias, decoder_bias).
+
+        The gradient of the input has its dtype. Tied: the encoder's holds the sum of both roles of the weight.
+        """
+
+    def step(
+        self,
+        input: Tensor,
+        target: Tensor | None,
+        encoder_weight: Tensor,
+        decoder_weight: Tensor | None,
+        encoder_bias: Tensor | None,
+        decoder_bias: Tensor | None,
+        activation: str,
+        needs: Sequence[bool],
+        save_codes: bool,
+    ) -> list[Tensor]:
+        """Σ R², the gradients of ½ Σ R² to (encoder_weight, decoder_weight, encoder_bias, decoder_bias), Z and dU."""
+
+    def step_input_gradients(
+        self,
+        input: Tensor,
+        target: Tensor | None,
+        encoder_weight: Tensor,
+        decoder_weight: Tensor | None,
+        decoder_bias: Tensor | None,
+        code: Tensor,
+        code_gradient: Tensor,
+        scale: Tensor,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        """``scale·(dU We − [target is None] R)`` and ``−scale·R``, in the input's dtype."""

@@ -1,0 +1,291 @@
+"""The native backend: CPU kernels in C++ (csrc/), given raw addresses of contiguous-row matrices."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import accumulation_dtype
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "tanh": 5}
+_FORMS = {"auto": 0, "gram": 1, "direct": 2}
+_ABSENT = (0, 0)
+
+
+def _load() -> tuple[Any, str | None]:
+    """The extension module, or the reason why there is none."""
+    try:
+        module = importlib.import_module("byol_fast._native")
+        module.info()
+    except ImportError as error:
+        return None, _build_failure() or f"its extension module does not load: {error}"
+    except RuntimeError as error:
+        return None, str(error)
+    return module, None
+
+
+def _build_failure() -> str | None:
+    record = Path(__file__).parent.parent / "_build.json"
+    if not record.exists():
+        return "the extension module was not built (run `pip install .`)"
+    reason: str | None = json.loads(record.read_text())["reason"]
+    return reason
+
+
+# Loaded with the package, not at first use: `torch.compile` cannot trace an import.
+_native, _reason = _load()
+
+
+class Native:
+    """CPU tensors of float32, float64, bfloat16 and float16; see :class:`byol_fast.backends.base.Kernels`."""
+
+    name = "native"
+
+    def unavailable(self) -> str | None:
+        return _reason
+
+    def info(self) -> dict[str, object]:
+        """Instruction set in use, those this processor could run, thread pool, compiler."""
+        result: dict[str, object] = _native.info()
+        return result
+
+    def refuses(self, tensors: Sequence[Tensor]) -> str | None:
+        for tensor in tensors:
+            if tensor.device.type != "cpu":
+                return f"it runs tensors on the CPU, not on {tensor.device.type}"
+            if tensor.dtype not in _DTYPES:
+                return f"it has no kernels for {tensor.dtype}"
+        return None
+
+    def form(self, dtype: torch.dtype, tied: bool) -> str:
+        gram = "gram (tied: one product)" if tied else "gram"
+        exact = dtype in (torch.float32, torch.float64)
+        return f"{gram}, direct for row tiles with a residual ratio below 1e-3" if exact else gram
+
+    def squared_error(self, input: Tensor, target: Tensor) -> Tensor:
+        rows, cols, (x, t) = _collapse(input, target)
+        total = _native.squared_error(_DTYPES[input.dtype], torch.get_num_threads(), rows, cols, _at(x), _at(t))
+        return torch.tensor(total, dtype=accumulation_dtype(input.dtype))
+
+    def squared_error_backward(
+        self, input: Tensor, target: Tensor, scale: Tensor, needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        outputs = [torch.empty_like(tensor) if need else None for tensor, need in zip((input, target), needs, strict=True)]
+        present = [output for output in outputs if output is not None]
+        rows, cols, (x, t, *matrices) = _collapse(input, target, *present)
+        # An output that could not be viewed as a matrix was copied: its values go back at the end.
+        addresses = iter(matrices)
+        d_input, d_target = (_ABSENT if output is None else _at(next(addresses)) for output in outputs)
+        _native.squared_error_backward(
+            _DTYPES[input.dtype], torch.get_num_threads(), rows, cols, _at(x), _at(t), float(scale), d_input, d_target
+        )
+        for output, matrix in zip(present, matrices, strict=True):
+            if output.data_ptr() != matrix.data_ptr():
+                output.copy_(matrix.reshape(output.shape))
+        return outputs
+
+    def bottleneck(
+        self,
+        input: Tensor,
+        encoder_weight: Tensor,
+        decoder_weight: Tensor | None,
+        encoder_bias: Tensor | None,
+        decoder_bias: Tensor | None,
+        activation: str,
+        residual: bool,
+        save_code: bool,
+    ) -> list[Tensor | None]:
+        input, encoder_weight, decoder_weight = _rows(input), _rows(encoder_weight), _optional_rows(decoder_weight)
+        encoder_bias, decoder_bias = _contiguous(encoder_bias), _contiguous(decoder_bias)
+        sizes = _sizes(input, encoder_weight, decoder_weight)
+        output = input.new_empty(sizes[0], sizes[2])
+        code = input.new_empty((sizes[0], sizes[3]), dtype=accumulation_dtype(input.dtype)) if save_code else None
+        _native.forward(
+            _DTYPES[input.dtype],
+            _ACTIVATIONS[activation],
+            torch.get_num_threads(),
+            sizes,
+            _at(input),
+            _at(encoder_weight),
+            _at(decoder_weight),
+            _address(encoder_bias),
+            _address(decoder_bias),
+            residual,
+            output.data_ptr(),
+            _address(code),
+        )
+        return [output, code]
+
+    def bottleneck_backward(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        encoder_weight: Tensor,
+        decoder_weight: Tensor | None,
+        code: Tensor,
+        activation: str,
+        residual: bool,
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        grad, input = _rows(grad), _rows(input)
+        encoder_weight, decoder_weight = _rows(encoder_weight), _optional_rows(decoder_weight)
+        sizes = _sizes(input, encoder_weight, decoder_weight)
+        d_input = input.new_empty(input.shape) if needs[0] else None
+        d_weights = _weight_gradients(input, sizes, needs[1:])
+        _native.backward(
+            _DTYPES[input.dtype],
+            _ACTIVATIONS[activation],
+            torch.get_num_threads(),
+            sizes,
+            _at(input),
+            _at(encoder_weight),
+            _at(decoder_weight),
+            residual,
+            _at(grad),
+            code.contiguous().data_ptr(),
+            _address(d_input),
+            [_address(gradient) for gradient in d_weights],
+        )
+        return [d_input, *d_weights]
+
+    def step(
+        self,
+        input: Tensor,
+        target: Tensor | None,
+        encoder_weight: Tensor,
+        decoder_weight: Tensor | None,
+        encoder_bias: Tensor | None,
+        decoder_bias: Tensor | None,
+        activation: str,
+        needs: Sequence[bool],
+        save_codes: bool,
+        form: str = "auto",
+    ) -> list[Tensor | None]:
+        input, encoder_weight, decoder_weight = _rows(input), _rows(encoder_weight), _optional_rows(decoder_weight)
+        target = _optional_rows(target)
+        encoder_bias, decoder_bias = _contiguous(encoder_bias), _contiguous(decoder_bias)
+        sizes = _sizes(input, encoder_weight, decoder_weight)
+        dtype = accumulation_dtype(input.dtype)
+        d_weights = _weight_gradients(input, sizes, needs)
+        code, code_gradient = (
+            input.new_empty((sizes[0], sizes[3]), dtype=dtype) if save_codes else None for _ in range(2)
+        )
+        total = _native.step(
+            _DTYPES[input.dtype],
+            _ACTIVATIONS[activation],
+            torch.get_num_threads(),
+            sizes,
+            _at(input),
+            _at(encoder_weight),
+            _at(decoder_weight),
+            _address(encoder_bias),
+            _address(decoder_bias),
+            _FORMS[form],
+            _at(target),
+            [_address(gradient) for gradient in d_weights],
+            _address(code),
+            _address(code_gradient),
+        )
+        # Rounding may leave a sum of squares just below zero; the gradients do not pass through it.
+        return [torch.tensor(total, dtype=dtype).clamp_(min=0), *d_weights, code, code_gradient]
+
+    def step_input_gradients(
+        self,
+        input: Tensor,
+        target: Tensor | None,
+        encoder_weight: Tensor,
+        decoder_weight: Tensor | None,
+        decoder_bias: Tensor | None,
+        code: Tensor,
+        code_gradient: Tensor,
+        scale: Tensor,
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        input, encoder_weight, decoder_weight = _rows(input), _rows(encoder_weight), _optional_rows(decoder_weight)
+        target, decoder_bias = _optional_rows(target), _contiguous(decoder_bias)
+        sizes = _sizes(input, encoder_weight, decoder_weight)
+        d_input = input.new_empty(input.shape) if needs[0] else None
+        d_target = input.new_empty(sizes[0], sizes[2]) if needs[1] else None
+        _native.step_input_gradients(
+            _DTYPES[input.dtype],
+            torch.get_num_threads(),
+            sizes,
+            _at(input),
+            _at(encoder_weight),
+            _at(decoder_weight),
+            _address(decoder_bias),
+            _at(target),
+            code.contiguous().data_ptr(),
+            code_gradient.contiguous().data_ptr(),
+            float(scale),
+            _address(d_input),
+            _address(d_target),
+        )
+        return [d_input, d_target]
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """The matrix itself if its rows are contiguous, else a contiguous copy."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def _optional_rows(matrix: Tensor | None) -> Tensor | None:
+    return None if matrix is None else _rows(matrix)
+
+
+def _contiguous(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
+
+
+def _at(matrix: Tensor | None) -> tuple[int, int]:
+    """Address and row stride."""
+    return _ABSENT if matrix is None else (matrix.data_ptr(), matrix.stride(0))
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _sizes(input: Tensor, encoder_weight: Tensor, decoder_weight: Tensor | None) -> tuple[int, int, int, int]:
+    rank, in_features = encoder_weight.shape
+    out_features = in_features if decoder_weight is None else decoder_weight.shape[0]
+    return input.shape[0], in_features, out_features, rank
+
+
+def _weight_gradients(input: Tensor, sizes: tuple[int, int, int, int], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Empty gradients of (encoder_weight, decoder_weight, encoder_bias, decoder_bias), None where not needed."""
+    _, in_features, out_features, rank = sizes
+    shapes = ((rank, in_features), (out_features, rank), (rank,), (out_features,))
+    dtype = accumulation_dtype(input.dtype)
+    return [input.new_empty(shape, dtype=dtype) if need else None for shape, need in zip(shapes, needs, strict=True)]
+
+
+def _collapse(*tensors: Tensor) -> tuple[int, int, list[Tensor]]:
+    """Tensors of one shape as matrices of one shape with contiguous rows, without a copy where strides allow it.
+
+    Dimensions are visited from the innermost of the first tensor outwards and merged while all tensors step on evenly;
+    two groups at most may remain, the inner one contiguous in every tensor. Else all are copied.
+    """
+    first = tensors[0]
+    order = sorted((d for d in range(first.dim()) if first.shape[d] > 1), key=lambda d: first.stride(d))
+    groups: list[tuple[int, list[int]]] = []
+    for dim in order:
+        size, strides = first.shape[dim], [tensor.stride(dim) for tensor in tensors]
+        if groups and strides == [step * groups[-1][0] for step in groups[-1][1]]:
+            groups[-1] = (groups[-1][0] * size, groups[-1][1])
+        else:
+            groups.append((size, strides))
+    if not groups or any(step != 1 for step in groups[0][1]):
+        groups.insert(0, (1, [1] * len(tensors)))
+    if len(groups) > 2 or (len(groups) == 2 and groups[0][0] == 1):
+        return 1, first.numel(), [tensor.contiguous().view(1, -1) for tensor in tensors]
+    cols = groups[0][0]
+    rows, steps = groups[1] if len(groups) == 2 else (1, [cols] * len(tensors))
+    return rows, cols, [tensor.as_strided((rows, cols), (step, 1)) for tensor, step in zip(tensors, steps, strict=True)]

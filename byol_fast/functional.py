@@ -1,0 +1,342 @@
+"""The three operations: validate, cast under autocast, choose a backend, run.
+
+``bottleneck_mse_loss`` is what the package exists for: a reconstruction loss and all its gradients without the
+reconstruction ever being built.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import autograd, reference
+from .backends import choose, form
+
+__all__ = ["Explanation", "bottleneck", "bottleneck_mse_loss", "explain", "mse_loss"]
+
+_REDUCTIONS = ("none", "mean", "sum")
+
+
+def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean", weight: Tensor | None = None) -> Tensor:
+    """Mean squared error: a drop-in replacement of :func:`torch.nn.functional.mse_loss`.
+
+    ``reduction="none"`` and ``weight`` are elementwise work, which PyTorch's own operations do under every backend.
+
+    Args:
+        input: floating-point tensor of any shape.
+        target: tensor that broadcasts with ``input``; a warning is given if it has to.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        weight: weight of each element, of ``input``'s shape; the mean is then divided by the sum of the weights.
+
+    Returns:
+        A 0-dim tensor, or the elementwise errors for ``reduction="none"``, in the dtype the two promote to
+        (under autocast: float32).
+
+    Raises:
+        TypeError: an argument is no tensor, is sparse, or does not hold floating-point numbers.
+        ValueError: unknown reduction, weight of another shape, tensors on different devices.
+    """
+    _check_tensors({"input": input, "target": target, "weight": weight})
+    _check_choice("reduction", reduction, _REDUCTIONS)
+    if weight is not None and weight.shape != input.shape:
+        raise ValueError(f"weight: expected the shape of input, {_shape(input)}, got {_shape(weight)}")
+    if target.shape != input.shape:
+        warnings.warn(
+            f"target has shape {_shape(target)}, input has shape {_shape(input)}: they are broadcast, which is likely to "
+            "give a wrong loss. Please ensure that they have the same shape.",
+            stacklevel=2,
+        )
+    input, target = torch.broadcast_tensors(input, target)
+    if weight is not None or reduction == "none":
+        return reference.mse_loss(input, target, reduction, weight)
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    loss_dtype = torch.promote_types(dtype, torch.float32) if _autocast_dtype(input) is not None else dtype
+    input, target = input.to(dtype), target.to(dtype)
+    backend = _backend((input, target))
+    if backend == "reference":
+        return reference.mse_loss(input, target, reduction)
+    return _reduced(autograd.squared_error(input, target, backend), reduction, input.numel(), loss_dtype)
+
+
+def bottleneck(
+    input: Tensor,
+    encoder_weight: Tensor,
+    decoder_weight: Tensor | None = None,
+    encoder_bias: Tensor | None = None,
+    decoder_bias: Tensor | None = None,
+    *,
+    activation: str = "identity",
+    residual: bool = False,
+) -> Tensor:
+    """Encode and decode: ``linear(f(linear(input, encoder_weight, encoder_bias)), decoder_weight, decoder_bias)``.
+
+    Args:
+        input: ``[..., in_features]``.
+        encoder_weight: ``[rank, in_features]``, as in :class:`torch.nn.Linear`.
+        decoder_weight: ``[out_features, rank]``; None ties it to ``encoder_weight.T``.
+        encoder_bias: ``[rank]`` or None.
+        decoder_bias: ``[out_features]`` or None.
+        activation: f, one of ``identity``, ``relu``, ``gelu``, ``gelu_tanh``, ``silu``, ``tanh``.
+        residual: add ``input`` to the output; needs ``out_features == in_features``.
+
+    Returns:
+        ``[..., out_features]`` in the dtype of the arguments (under autocast: in autocast's).
+
+    Raises:
+        TypeError: an argument is no tensor, is sparse, or has another dtype than ``input``.
+        ValueError: a shape, device or name does not fit; the message names the argument.
+    """
+    tensors = _check_bottleneck(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation)
+    if residual and tensors.out_features != tensors.in_features:
+        raise ValueError(
+            f"residual: expected out_features = in_features = {tensors.in_features} to add the input to the output, "
+            f"got out_features = {tensors.out_features}"
+        )
+    backend = _backend(tensors.present())
+    if backend == "reference":
+        return reference.bottleneck(*tensors.operands(), activation=activation, residual=residual)
+    input, *weights = tensors.cast().operands()
+    output = autograd.bottleneck(_matrix(input), *weights, activation, residual, backend)
+    return output.reshape(*input.shape[:-1], tensors.out_features)
+
+
+def bottleneck_mse_loss(
+    input: Tensor,
+    encoder_weight: Tensor,
+    decoder_weight: Tensor | None = None,
+    encoder_bias: Tensor | None = None,
+    decoder_bias: Tensor | None = None,
+    *,
+    target: Tensor | None = None,
+    activation: str = "identity",
+    reduction: str = "mean",
+) -> Tensor:
+    """Squared error of a bottleneck: ``mse_loss(bottleneck(input, …), target)`` without building the reconstruction.
+
+    The formulas are the Gram identity: with Z the code, G = Wdᵀ Wd, Q = (T − bd) Wd and E = Z G − Q, the squared error is
+    ‖T − bd‖² + Σ Z ⊙ (E − Q), and all gradients follow from products with X that are K wide.
+
+    Args:
+        input: ``[..., in_features]``.
+        encoder_weight: ``[rank, in_features]``, as in :class:`torch.nn.Linear`.
+        decoder_weight: ``[out_features, rank]``; None ties it to ``encoder_weight.T``.
+        encoder_bias: ``[rank]`` or None.
+        decoder_bias: ``[out_features]`` or None.
+        target: ``[..., out_features]``; None means ``input``.
+        activation: f, one of ``identity``, ``relu``, ``gelu``, ``gelu_tanh``, ``silu``, ``tanh``.
+        reduction: ``"mean"`` over all elements, ``"sum"``, or ``"none"`` (which builds the reconstruction).
+
+    Returns:
+        A 0-dim tensor (for ``"none"``: ``[..., out_features]``) in the dtype of the arguments. Under autocast the
+        arguments, the target among them, are cast as for :func:`torch.nn.functional.linear`, and the loss is float32.
+
+    Raises:
+        TypeError: an argument is no tensor, is sparse, or has another dtype than ``input``.
+        ValueError: a shape, device or name does not fit; the message names the argument.
+    """
+    _check_choice("reduction", reduction, _REDUCTIONS)
+    tensors = _check_bottleneck(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation, target)
+    if reduction == "none":
+        output = bottleneck(*tensors.operands(), activation=activation)
+        return mse_loss(output, input if target is None else target, "none")
+    backend = _backend(tensors.present())
+    if backend == "reference":
+        return reference.bottleneck_mse_loss(
+            *tensors.operands(), target=target, activation=activation, reduction=reduction
+        )
+    loss_dtype = input.dtype if _autocast_dtype(input) is None else torch.promote_types(input.dtype, torch.float32)
+    tensors = tensors.cast()
+    input, *weights = tensors.operands()
+    goal = None if tensors.target is None else _matrix(tensors.target)
+    total = autograd.bottleneck_squared_error(_matrix(input), goal, *weights, activation, backend)
+    count = input.numel() // tensors.in_features * tensors.out_features
+    return _reduced(total, reduction, count, loss_dtype)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend runs a call, in which form, and why."""
+
+    backend: str
+    form: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"backend {self.backend} ({self.reason}), form: {self.form}"
+
+
+def explain(
+    input: Tensor,
+    encoder_weight: Tensor,
+    decoder_weight: Tensor | None = None,
+    encoder_bias: Tensor | None = None,
+    decoder_bias: Tensor | None = None,
+    *,
+    target: Tensor | None = None,
+    activation: str = "identity",
+) -> Explanation:
+    """How :func:`bottleneck_mse_loss` would run on these arguments. It takes the same ones and raises the same errors."""
+    tensors = _check_bottleneck(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation, target)
+    if _is_empty(tensors.present()):
+        return Explanation("reference", "direct", "an empty tensor leaves nothing to accelerate")
+    choice = choose(tensors.present())
+    dtype = tensors.cast().input.dtype
+    return Explanation(choice.backend, form(choice.backend, dtype, decoder_weight is None), choice.reason)
+
+
+@dataclass(frozen=True)
+class _Bottleneck:
+    """The checked tensors of a call."""
+
+    input: Tensor
+    encoder_weight: Tensor
+    decoder_weight: Tensor | None
+    encoder_bias: Tensor | None
+    decoder_bias: Tensor | None
+    target: Tensor | None
+
+    @property
+    def in_features(self) -> int:
+        return self.encoder_weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.in_features if self.decoder_weight is None else self.decoder_weight.shape[0]
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        return self.input, self.encoder_weight, self.decoder_weight, self.encoder_bias, self.decoder_bias
+
+    def present(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for tensor in (*self.operands(), self.target) if tensor is not None)
+
+    def cast(self) -> _Bottleneck:
+        """Under autocast, everything in autocast's dtype, by the rule of ``linear``: all but float64."""
+        dtype = _autocast_dtype(self.input)
+        if dtype is None:
+            return self
+        return _Bottleneck(*(_cast(tensor, dtype) for tensor in (*self.operands(), self.target)))  # type: ignore[arg-type]
+
+
+def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """Autocast's dtype for the device of this tensor, None where autocast is off."""
+    device = tensor.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def _backend(tensors: tuple[Tensor, ...]) -> str:
+    return "reference" if _is_empty(tensors) else choose(tensors).backend
+
+
+def _is_empty(tensors: tuple[Tensor, ...]) -> bool:
+    # Sums over nothing, and their quotients, are left to PyTorch, so that they are what its users expect.
+    return any(tensor.numel() == 0 for tensor in tensors)
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _reduced(total: Tensor, reduction: str, count: int, dtype: torch.dtype) -> Tensor:
+    return (total / count if reduction == "mean" else total).to(dtype)
+
+
+# ----------------------------------------------------------------------------------------------------- validation
+
+
+def _check_bottleneck(
+    input: Tensor,
+    encoder_weight: Tensor,
+    decoder_weight: Tensor | None,
+    encoder_bias: Tensor | None,
+    decoder_bias: Tensor | None,
+    activation: str,
+    target: Tensor | None = None,
+) -> _Bottleneck:
+    named = {
+        "input": input,
+        "encoder_weight": encoder_weight,
+        "decoder_weight": decoder_weight,
+        "encoder_bias": encoder_bias,
+        "decoder_bias": decoder_bias,
+        "target": target,
+    }
+    _check_tensors(named)
+    _check_choice("activation", activation, tuple(reference.ACTIVATIONS))
+    _check_dtypes(named)
+    _check_shape("encoder_weight", encoder_weight, ("rank", "in_features"), (None, None))
+    rank, in_features = encoder_weight.shape
+    if rank == 0 or in_features == 0:
+        raise ValueError(f"encoder_weight: expected rank ≥ 1 and in_features ≥ 1, got shape {_shape(encoder_weight)}")
+    _check_shape("input", input, ("...", "in_features"), (in_features,))
+    out_features = in_features
+    if decoder_weight is not None:
+        _check_shape("decoder_weight", decoder_weight, ("out_features", "rank"), (None, rank))
+        out_features = decoder_weight.shape[0]
+    if encoder_bias is not None:
+        _check_shape("encoder_bias", encoder_bias, ("rank",), (rank,))
+    if decoder_bias is not None:
+        _check_shape("decoder_bias", decoder_bias, ("out_features",), (out_features,))
+    goal, goal_name = (input, "input, which is the target,") if target is None else (target, "target")
+    expected = (*input.shape[:-1], out_features)
+    if target is not None and target.shape != expected:
+        raise ValueError(f"{goal_name}: expected shape [..., out_features] = {list(expected)}, got {_shape(goal)}")
+    return _Bottleneck(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, target)
+
+
+def _check_tensors(named: dict[str, Tensor | None]) -> None:
+    device = None
+    for name, tensor in named.items():
+        if tensor is None and name not in ("input", "target", "encoder_weight"):
+            continue
+        if tensor is None and name == "target" and "encoder_weight" in named:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {tensor.layout}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+        if device is not None and tensor.device != device:
+            raise ValueError(f"{name}: expected a tensor on {device}, where input is, got one on {tensor.device}")
+        device = tensor.device
+    return None
+
+
+def _check_dtypes(named: dict[str, Tensor | None]) -> None:
+    """One dtype, as ``linear`` demands; autocast does away with the differences, but for float64."""
+    input = named["input"]
+    if input is None or _autocast_dtype(input) is not None:
+        return
+    for name, tensor in named.items():
+        if tensor is not None and tensor.dtype != input.dtype:
+            raise TypeError(f"{name}: expected the dtype of input, {input.dtype}, got {tensor.dtype}")
+
+
+def _check_shape(name: str, tensor: Tensor, symbols: tuple[str, ...], sizes: tuple[int | None, ...]) -> None:
+    """The last dimensions are ``sizes`` (None: any); without a leading "...", there are no others."""
+    leading = symbols[0] == "..."
+    fits = tensor.dim() >= len(sizes) if leading else tensor.dim() == len(sizes)
+    if fits:
+        last = tensor.shape[tensor.dim() - len(sizes) :]
+        fits = all(want is None or want == got for want, got in zip(sizes, last, strict=True))
+    if not fits:
+        numbers = ", ".join((*(["..."] if leading else []), *("any" if size is None else str(size) for size in sizes)))
+        raise ValueError(f"{name}: expected shape [{', '.join(symbols)}] = [{numbers}], got {_shape(tensor)}")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)

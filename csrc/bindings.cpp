@@ -1,0 +1,146 @@
+// Python bindings, thin: Python has checked shapes, dtypes and strides; addresses arrive as integers (0 = absent).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <tuple>
+
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using byol::Matrix;
+using Address = uintptr_t;
+
+void* at(Address address) { return reinterpret_cast<void*>(address); }
+Matrix matrix(const std::pair<Address, int64_t>& pair) { return {at(pair.first), pair.second}; }
+
+using PyMatrix = std::pair<Address, int64_t>;
+
+// (rows, in_features, out_features, rank)
+using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+
+void set_layer(byol::LayerArgs& args, int dtype, int activation, int threads, const Sizes& sizes, const PyMatrix& input,
+               const PyMatrix& encoder_weight, const PyMatrix& decoder_weight, Address encoder_bias,
+               Address decoder_bias) {
+  args.dtype = byol::DType(dtype);
+  args.activation = byol::Activation(activation);
+  args.threads = threads;
+  std::tie(args.rows, args.in_features, args.out_features, args.rank) = sizes;
+  args.input = matrix(input);
+  args.encoder_weight = matrix(encoder_weight);
+  args.decoder_weight = matrix(decoder_weight);
+  args.encoder_bias = at(encoder_bias);
+  args.decoder_bias = at(decoder_bias);
+}
+
+double squared_error(int dtype, int threads, int64_t rows, int64_t cols, const PyMatrix& input, const PyMatrix& target) {
+  byol::SquaredErrorArgs args{};
+  args.dtype = byol::DType(dtype);
+  args.threads = threads;
+  args.rows = rows, args.cols = cols;
+  args.input = matrix(input), args.target = matrix(target);
+  const byol::KernelTable& kernels = byol::kernels();
+  py::gil_scoped_release unlocked;
+  return kernels.squared_error(args);
+}
+
+void squared_error_backward(int dtype, int threads, int64_t rows, int64_t cols, const PyMatrix& input,
+                            const PyMatrix& target, double scale, const PyMatrix& d_input, const PyMatrix& d_target) {
+  byol::SquaredErrorArgs args{};
+  args.dtype = byol::DType(dtype);
+  args.threads = threads;
+  args.rows = rows, args.cols = cols;
+  args.input = matrix(input), args.target = matrix(target);
+  args.scale = scale;
+  args.d_input = at(d_input.first), args.d_input_stride = d_input.second;
+  args.d_target = at(d_target.first), args.d_target_stride = d_target.second;
+  const byol::KernelTable& kernels = byol::kernels();
+  py::gil_scoped_release unlocked;
+  kernels.squared_error_backward(args);
+}
+
+void forward(int dtype, int activation, int threads, const Sizes& sizes, const PyMatrix& input,
+             const PyMatrix& encoder_weight, const PyMatrix& decoder_weight, Address encoder_bias, Address decoder_bias,
+             bool residual, Address output, Address preactivation) {
+  byol::ForwardArgs args{};
+  set_layer(args, dtype, activation, threads, sizes, input, encoder_weight, decoder_weight, encoder_bias, decoder_bias);
+  args.residual = residual;
+  args.output = at(output);
+  args.preactivation = at(preactivation);
+  const byol::KernelTable& kernels = byol::kernels();
+  py::gil_scoped_release unlocked;
+  kernels.forward(args);
+}
+
+void backward(int dtype, int activation, int threads, const Sizes& sizes, const PyMatrix& input,
+              const PyMatrix& encoder_weight, const PyMatrix& decoder_weight, bool residual, const PyMatrix& grad,
+              Address preactivation, Address d_input, const std::array<Address, 4>& d_weights) {
+  byol::BackwardArgs args{};
+  set_layer(args, dtype, activation, threads, sizes, input, encoder_weight, decoder_weight, 0, 0);
+  args.residual = residual;
+  args.grad = matrix(grad);
+  args.preactivation = at(preactivation);
+  args.d_input = at(d_input);
+  args.d_encoder_weight = at(d_weights[0]), args.d_decoder_weight = at(d_weights[1]);
+  args.d_encoder_bias = at(d_weights[2]), args.d_decoder_bias = at(d_weights[3]);
+  const byol::KernelTable& kernels = byol::kernels();
+  py::gil_scoped_release unlocked;
+  kernels.backward(args);
+}
+
+double step(int dtype, int activation, int threads, const Sizes& sizes, const PyMatrix& input,
+            const PyMatrix& encoder_weight, const PyMatrix& decoder_weight, Address encoder_bias, Address decoder_bias,
+            int form, const PyMatrix& target, const std::array<Address, 4>& d_weights, Address code,
+            Address code_gradient) {
+  byol::StepArgs args{};
+  set_layer(args, dtype, activation, threads, sizes, input, encoder_weight, decoder_weight, encoder_bias, decoder_bias);
+  args.form = byol::Form(form);
+  args.target = matrix(target);
+  args.d_encoder_weight = at(d_weights[0]), args.d_decoder_weight = at(d_weights[1]);
+  args.d_encoder_bias = at(d_weights[2]), args.d_decoder_bias = at(d_weights[3]);
+  args.code = at(code), args.code_gradient = at(code_gradient);
+  const byol::KernelTable& kernels = byol::kernels();
+  py::gil_scoped_release unlocked;
+  return kernels.step(args);
+}
+
+void step_input_gradients(int dtype, int threads, const Sizes& sizes, const PyMatrix& input,
+                          const PyMatrix& encoder_weight, const PyMatrix& decoder_weight, Address decoder_bias,
+                          const PyMatrix& target, Address code, Address code_gradient, double scale, Address d_input,
+                          Address d_target) {
+  byol::InputGradientArgs args{};
+  set_layer(args, dtype, 0, threads, sizes, input, encoder_weight, decoder_weight, 0, decoder_bias);
+  args.target = matrix(target);
+  args.code = at(code), args.code_gradient = at(code_gradient);
+  args.scale = scale;
+  args.d_input = at(d_input), args.d_target = at(d_target);
+  const byol::KernelTable& kernels = byol::kernels();
+  py::gil_scoped_release unlocked;
+  kernels.step_input_gradients(args);
+}
+
+py::dict info() {
+  py::dict result;
+  result["instruction_set"] = byol::kernels().name;
+  result["runnable_instruction_sets"] = byol::runnable_instruction_sets();
+  result["thread_pool"] = byol::thread_pool();
+  result["compiler"] = BYOL_COMPILER;
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "CPU kernels of byol_fast; see byol_fast.backends.native.";
+  module.def("info", &info);
+  module.def("squared_error", &squared_error);
+  module.def("squared_error_backward", &squared_error_backward);
+  module.def("forward", &forward);
+  module.def("backward", &backward);
+  module.def("step", &step);
+  module.def("step_input_gradients", &step_input_gradients);
+}

@@ -1,0 +1,63 @@
+// Views of a call's matrices in their storage type, and its biases in the accumulation type.
+#pragma once
+
+#include "abi.h"
+#include "product.h"
+
+namespace byol::BYOL_ISA {
+
+template <class T>
+View<T> view(const Matrix& matrix, int64_t rows, int64_t cols) {
+  return {static_cast<const T*>(matrix.data), matrix.stride, 1, rows, cols};
+}
+
+template <class T>
+View<T> input_view(const LayerArgs& args) {
+  return view<T>(args.input, args.rows, args.in_features);
+}
+// We [rank, in_features].
+template <class T>
+View<T> encoder_view(const LayerArgs& args) {
+  return view<T>(args.encoder_weight, args.rank, args.in_features);
+}
+// Wd [out_features, rank]: the decoder's weight, or the encoder's transposed when tied.
+template <class T>
+View<T> decoder_view(const LayerArgs& args) {
+  if (args.decoder_weight.data) return view<T>(args.decoder_weight, args.out_features, args.rank);
+  return encoder_view<T>(args).transposed();
+}
+
+// A bias in the accumulation type; zeros when it is absent.
+template <class T>
+void load_bias(const void* bias, int64_t count, Buffer<Acc<T>>& out) {
+  out.allocate_zeros(count);
+  if (!bias) return;
+  for (int64_t i = 0; i < count; ++i) out[i] = load(static_cast<const T*>(bias)[i]);
+}
+
+// Packs a matrix into panels of their own, padding included.
+template <class T>
+Panels<Acc<T>> packed_panels(const View<T>& source, Buffer<Acc<T>>& data) {
+  using S = Acc<T>;
+  data.allocate(Panels<S>::size(source.rows, source.cols));
+  const Panels<S> panels = Panels<S>::over(data, source.rows, source.cols);
+  pack_panels(source, panels);
+  zero_padding(panels, source.rows, source.cols);
+  return panels;
+}
+
+// Rows that one thread takes at a time: enough to hide the traffic of the accumulators, few enough that the packed tile
+// stays in the second-level cache; the tiles of a thread's share are of nearly equal height.
+inline int64_t tile_rows(int64_t share_rows, int64_t features) {
+  const int64_t most = max(96, min(252, (160 * 1024) / max(features, 1)));
+  const int64_t tiles = max(1, (share_rows + most - 1) / most);
+  return round_up((share_rows + tiles - 1) / tiles, kTileRows);
+}
+
+// Threads worth using for this much arithmetic.
+inline int useful_threads(const LayerArgs& args, int64_t products) {
+  const int64_t operations = products * args.rows * args.rank * (args.in_features + args.out_features);
+  return int(max(1, min(args.threads, min(operations / 400000, (args.rows + kTileRows - 1) / kTileRows))));
+}
+
+}  // namespace byol::BYOL_ISA

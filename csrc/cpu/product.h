@@ -1,0 +1,245 @@
+// The one matrix product, C = A·B or C = Aᵀ·B (+ C), that every kernel is made of.
+//
+// A is packed into square blocks of R×R numbers, row-major inside: the block in block-row p and block-column t holds
+// A[p·R … p·R+R, t·R … t·R+R]. Because the blocks are square, A and Aᵀ are read equally well from one packing, so a tile of
+// X is packed once and serves both X·W and Xᵀ·V. B is packed into panels of `kCols` columns, each panel row-major. All edges
+// are padded with zeros. One step of the register tile is an outer product of R numbers of A with `kCols` of B.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+#include "numeric.h"
+
+// Bytes in a vector register, and the rows of the register tile: R rows × 2 vectors of accumulators must fit the file.
+#ifndef BYOL_VECTOR_BYTES
+#error "BYOL_VECTOR_BYTES and BYOL_TILE_ROWS are set by the build, per instruction set"
+#endif
+
+namespace byol::BYOL_ISA {
+
+constexpr int kTileRows = BYOL_TILE_ROWS;
+
+template <class S>
+constexpr int kLanes = BYOL_VECTOR_BYTES / int(sizeof(S));
+template <class S>
+constexpr int kCols = 2 * kLanes<S>;
+
+// How much of the inner dimension one accumulator sums before it is added to C: bounds the rounding error of long sums,
+// and keeps a panel of B in the first-level cache.
+constexpr int64_t kDepth = 21 * kTileRows;
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// An aligned array of numbers that is freed with its scope.
+template <class S>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t count) { allocate(count); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+
+  void allocate(int64_t count) {
+    std::free(data_);
+    data_ = static_cast<S*>(std::aligned_alloc(64, round_up(max(count, 1) * int64_t(sizeof(S)), 64)));
+    if (!data_) throw std::bad_alloc();
+  }
+  void allocate_zeros(int64_t count) {
+    allocate(count);
+    std::memset(data_, 0, count * sizeof(S));
+  }
+  explicit operator bool() const { return data_; }
+  operator S*() const { return data_; }
+
+ private:
+  S* data_ = nullptr;
+};
+
+// Keeps an argument out of template argument deduction, so that a Buffer converts to a pointer there.
+template <class S>
+struct Same {
+  using type = S;
+};
+template <class S>
+using Pointer = typename Same<S>::type*;
+
+// A source matrix of storage type T with any strides; reading beyond rows × cols gives zero.
+template <class T>
+struct View {
+  const T* data;
+  int64_t row_stride, col_stride;
+  int64_t rows, cols;
+
+  View transposed() const { return {data, col_stride, row_stride, cols, rows}; }
+  View slice(int64_t first, int64_t count) const { return {data + first * row_stride, row_stride, col_stride, count, cols}; }
+};
+
+// Packed left operand; see the top of the file.
+template <class S>
+struct Blocks {
+  S* data;
+  int64_t rows, cols;  // as packed, multiples of kTileRows
+
+  static int64_t row_size(int64_t cols) { return round_up(cols, kTileRows) * kTileRows; }
+  static int64_t size(int64_t rows, int64_t cols) { return round_up(rows, kTileRows) / kTileRows * row_size(cols); }
+  int64_t stride() const { return cols * kTileRows; }  // from one block-row to the next
+};
+
+template <class T>
+Blocks<Acc<T>> pack_blocks(const View<T>& source, Acc<T>* data) {
+  using S = Acc<T>;
+  constexpr int R = kTileRows;
+  const Blocks<S> blocks{data, round_up(source.rows, R), round_up(source.cols, R)};
+  S* out = data;
+  for (int64_t row = 0; row < blocks.rows; row += R) {
+    const int64_t live = min(R, source.rows - row);
+    const T* top = source.data + row * source.row_stride;
+    for (int64_t col = 0; col < blocks.cols; col += R, out += R * R) {
+      if (live == R && col + R <= source.cols && source.col_stride == 1) {
+        for (int i = 0; i < R; ++i) {
+          const T* from = top + i * source.row_stride + col;
+          for (int j = 0; j < R; ++j) out[i * R + j] = load(from[j]);
+        }
+      } else {
+        for (int i = 0; i < R; ++i)
+          for (int j = 0; j < R; ++j)
+            out[i * R + j] = i < live && col + j < source.cols
+                                 ? load(top[i * source.row_stride + (col + j) * source.col_stride])
+                                 : S(0);
+      }
+    }
+  }
+  return blocks;
+}
+
+// Packed right operand: panels of kCols columns, rows padded to a multiple of kTileRows.
+template <class S>
+struct Panels {
+  S* data;
+  int64_t rows, cols;  // as packed
+
+  static int64_t size(int64_t rows, int64_t cols) { return round_up(rows, kTileRows) * round_up(cols, kCols<S>); }
+  static Panels over(S* data, int64_t rows, int64_t cols) {
+    return {data, round_up(rows, kTileRows), round_up(cols, kCols<S>)};
+  }
+  int64_t count() const { return cols / kCols<S>; }
+  int64_t stride() const { return rows * kCols<S>; }
+  S* panel(int64_t i) const { return data + i * stride(); }
+  S* row(int64_t r, int64_t panel_index) const { return panel(panel_index) + r * kCols<S>; }
+  S* at(int64_t r, int64_t c) const { return row(r, c / kCols<S>) + c % kCols<S>; }
+  // The same panels without their first rows; only the pointer moves.
+  Panels below(int64_t first) const { return {row(first, 0), rows, cols}; }
+};
+
+// row[0…count] += sign · M[r, col…col+count] of a matrix in panels; nothing when it does not exist.
+template <class S>
+void add_row(Pointer<S> row, int64_t count, Pointer<S> data, int64_t rows, int64_t cols, int64_t r, int64_t col, S sign) {
+  if (!data) return;
+  const Panels<S> panels = Panels<S>::over(data, rows, cols);
+  for (int64_t k = 0; k < count;) {
+    const S* from = panels.at(r, col + k);
+    const int64_t width = min(kCols<S> - (col + k) % kCols<S>, count - k);
+    for (int64_t j = 0; j < width; ++j) row[k + j] += sign * from[j];
+    k += width;
+  }
+}
+
+// Writes `source` into the panels' columns first … first + source.cols; the caller pads (zero_padding).
+template <class T>
+void pack_panels(const View<T>& source, const Panels<Acc<T>>& panels, int64_t first = 0) {
+  using S = Acc<T>;
+  constexpr int64_t C = kCols<S>;
+  for (int64_t begin = 0; begin < source.cols;) {
+    const int64_t lane = (first + begin) % C, width = min(C - lane, source.cols - begin);
+    S* out = panels.panel((first + begin) / C) + lane;
+    const T* from = source.data + begin * source.col_stride;
+    if (source.col_stride == 1) {
+      for (int64_t r = 0; r < source.rows; ++r)
+        for (int64_t j = 0; j < width; ++j) out[r * C + j] = load(from[r * source.row_stride + j]);
+    } else {
+      // Transposed source: read along its contiguous direction, a few cache lines of the panel at a time.
+      constexpr int64_t kStrip = 16;
+      for (int64_t top = 0; top < source.rows; top += kStrip) {
+        const int64_t bottom = min(top + kStrip, source.rows);
+        for (int64_t j = 0; j < width; ++j)
+          for (int64_t r = top; r < bottom; ++r)
+            out[r * C + j] = load(from[r * source.row_stride + j * source.col_stride]);
+      }
+    }
+    begin += width;
+  }
+}
+
+// Zeros rows beyond `rows` and columns beyond `cols`.
+template <class S>
+void zero_padding(const Panels<S>& panels, int64_t rows, int64_t cols) {
+  constexpr int64_t C = kCols<S>;
+  for (int64_t i = 0; i < panels.count(); ++i) {
+    S* panel = panels.panel(i);
+    const int64_t live = max(0, min(C, cols - i * C));
+    if (live < C)
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t j = live; j < C; ++j) panel[r * C + j] = S(0);
+    std::memset(panel + rows * C, 0, (panels.rows - rows) * C * sizeof(S));
+  }
+}
+
+// c[0…R, 0…kCols] (+)= Σ over `depth` of the outer products of A (or Aᵀ) with B. `depth` is a multiple of R; `stride` leads
+// from one block of A to the next along the sum.
+template <class S, bool kTransposed>
+inline void register_tile(const S* a, int64_t stride, const S* b, int64_t depth, S* c, int64_t ldc, bool add) {
+  typedef S Vector __attribute__((vector_size(BYOL_VECTOR_BYTES), aligned(alignof(S)), may_alias));
+  constexpr int R = kTileRows, L = kLanes<S>, C = kCols<S>;
+  Vector sum[R][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) sum[i][0] = sum[i][1] = Vector{};
+  for (int64_t block = 0; block < depth; block += R, a += stride) {
+    for (int k = 0; k < R; ++k, b += C) {
+      const S* column = kTransposed ? a + k * R : a + k;
+      const Vector b0 = *reinterpret_cast<const Vector*>(b), b1 = *reinterpret_cast<const Vector*>(b + L);
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i) {
+        const S value = column[kTransposed ? i : i * R];
+        sum[i][0] += value * b0;
+        sum[i][1] += value * b1;
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) {
+    Vector* out = reinterpret_cast<Vector*>(c + i * ldc);
+    out[0] = add ? out[0] + sum[i][0] : sum[i][0];
+    out[1] = add ? out[1] + sum[i][1] : sum[i][1];
+  }
+}
+
+// C[a.rows, b.cols] = A·B, row-major with row stride ldc, or added to it.
+template <class S>
+void multiply(const Blocks<S>& a, const Panels<S>& b, Pointer<S> c, int64_t ldc, bool add = false) {
+  for (int64_t depth = 0; depth < a.cols; depth += kDepth) {
+    const int64_t steps = min(kDepth, a.cols - depth);
+    for (int64_t j = 0; j < b.count(); ++j)
+      for (int64_t row = 0; row < a.rows; row += kTileRows)
+        register_tile<S, false>(a.data + row * a.cols + depth * kTileRows, kTileRows * kTileRows, b.row(depth, j), steps,
+                                c + row * ldc + j * kCols<S>, ldc, add || depth > 0);
+  }
+}
+
+// C[a.cols, b.cols] += Aᵀ·B, C in panels; a.rows is the sum.
+template <class S>
+void multiply_transposed(const Blocks<S>& a, const Panels<S>& b, const Panels<S>& c) {
+  for (int64_t depth = 0; depth < a.rows; depth += kDepth) {
+    const int64_t steps = min(kDepth, a.rows - depth);
+    for (int64_t j = 0; j < b.count(); ++j)
+      for (int64_t col = 0; col < a.cols; col += kTileRows)
+        register_tile<S, true>(a.data + depth * a.cols + col * kTileRows, a.stride(), b.row(depth, j), steps,
+                               c.row(col, j), kCols<S>, true);
+  }
+}
+
+}  // namespace byol::BYOL_ISA

@@ -1,0 +1,455 @@
+// The training step: Σ R² of a bottleneck and the gradients of ½ Σ R², X read once, the reconstruction never built.
+//
+//   U = X Weᵀ + be,  Z = f(U),  A = T − bd,  R = Z Wdᵀ − A          (T is X when there is no target, Wd = Weᵀ when tied)
+//
+// Gram form, for each tile of rows:
+//   Q = T Wd − bd Wd,  E = Z G − Q with G = Wdᵀ Wd,  Σ R² = Σ A² + Σ Z ⊙ (E − Q),  dU = E ⊙ f′(U)
+//   dWe = dUᵀ X,  dWd = Wd (ZᵀZ) − TᵀZ + bd (Σz)ᵀ,  dbe = Σ dU,  dbd = Wd Σz + N bd − Σ t
+// When T is X, U and Q are one product X·[Weᵀ, Wd] and the weight gradients are one product Xᵀ·[Z, dU]; tied weights need
+// no second half: Q follows from U, and dWe + dWdᵀ = (dU − Z)ᵀX + (ZᵀZ) We + (Σz) bdᵀ.
+//
+// Direct form, for tiles whose Σ R² < τ Σ A² (there the Gram form would cancel):
+//   R in blocks of columns,  Σ R²,  E = R Wd,  dWd += Rᵀ Z,  dbd += Σ R
+#pragma once
+
+#include "abi.h"
+#include "activation.h"
+#include "operands.h"
+#include "parallel_for.h"
+
+namespace byol::BYOL_ISA {
+
+// τ: half-precision inputs are so coarse that the Gram form in float is always the more accurate one.
+template <class T>
+constexpr double kDirectBelow = sizeof(T) == 2 ? 0.0 : 1e-3;
+
+// Columns of R that are formed at a time.
+constexpr int64_t kResidualCols = 32 * kTileRows;
+
+template <class T>
+class Step {
+  using S = Acc<T>;
+
+ public:
+  explicit Step(const StepArgs& args)
+      : args(args),
+        tied(!args.decoder_weight.data),
+        separate(args.target.data),
+        joint(!tied && !separate),
+        // Tied weights have one gradient, which wants what both would want.
+        wants_code(tied ? args.d_encoder_weight : args.d_decoder_weight),
+        wants_slope(args.d_encoder_weight || args.d_encoder_bias || args.code_gradient),
+        wants_code_sum(wants_code || args.d_decoder_bias),
+        threads(useful_threads(args, 2)),
+        K(args.rank) {}
+
+  double run() {
+    prepare();
+    Worker* workers = new Worker[threads];
+    double total = 0;
+    try {
+      parallel_for(threads, [&](int thread) { run_share(workers[thread], thread); });
+      for (int i = 0; i < threads; ++i) total += workers[i].total;
+      finish(workers);
+    } catch (...) {
+      delete[] workers;
+      throw;
+    }
+    delete[] workers;
+    return total;
+  }
+
+ private:
+  // What one thread owns.
+  struct Worker {
+    double total = 0;
+    int64_t gram_rows = 0;
+    Buffer<S> input_blocks, target_blocks, product, target_product, code, slope, error, code_blocks, code_panels;
+    Buffer<S> values, target_values;                            // V, the right operands of Xᵀ·V and Tᵀ·V
+    Buffer<S> input_sums, target_sums, code_products;           // Xᵀ·V, Tᵀ·V, ZᵀZ
+    Buffer<double> code_sum, slope_sum, target_sum;             // Σz, Σ dU, Σt
+    Buffer<S> residual, residual_blocks, residual_code;         // direct form only: R, packed R, Rᵀ·Z
+    Buffer<S> decoder_panels, decoder_rows;                     // direct form only: Wd, Wdᵀ
+    Buffer<double> residual_sum;                                // direct form only: Σ R
+  };
+
+  struct Tile {
+    int64_t first, rows, padded;
+  };
+
+  View<T> target_view() const {
+    return separate ? view<T>(args.target, args.rows, args.out_features) : input_view<T>(args);
+  }
+
+  // ------------------------------------------------------------------------------------------- once per step
+
+  void prepare() {
+    load_bias<T>(args.encoder_bias, K, encoder_bias);
+    load_bias<T>(args.decoder_bias, args.out_features, decoder_bias);
+    const View<T> encoder = encoder_view<T>(args), decoder = decoder_view<T>(args);
+    pack_encoder(encoder, decoder);
+    if (separate) target_weights = packed_panels(decoder, target_weight_data);
+    make_gram(decoder);
+  }
+
+  // [Weᵀ, Wd] in the joint case, else Weᵀ.
+  void pack_encoder(const View<T>& encoder, const View<T>& decoder) {
+    const int64_t width = joint ? 2 * K : K;
+    input_weight_data.allocate(Panels<S>::size(args.in_features, width));
+    input_weights = Panels<S>::over(input_weight_data, args.in_features, width);
+    pack_panels(encoder.transposed(), input_weights);
+    if (joint) pack_panels(decoder, input_weights, K);
+    zero_padding(input_weights, args.in_features, width);
+  }
+
+  // G = Wdᵀ Wd and the row vector bd·Wd.
+  void make_gram(const View<T>& decoder) {
+    gram_data.allocate_zeros(Panels<S>::size(K, K));
+    gram = Panels<S>::over(gram_data, K, K);
+    bias_code.allocate_zeros(K);
+    constexpr int64_t kRows = 252;
+    Buffer<S> block_data(Blocks<S>::size(kRows, K)), panel_data(Panels<S>::size(kRows, K));
+    for (int64_t row = 0; row < args.out_features; row += kRows) {
+      const View<T> rows = decoder.slice(row, min(kRows, args.out_features - row));
+      const Panels<S> panels = Panels<S>::over(panel_data, rows.rows, K);
+      pack_panels(rows, panels);
+      zero_padding(panels, rows.rows, K);
+      multiply_transposed(pack_blocks(rows, block_data), panels, gram);
+      if (!args.decoder_bias) continue;
+      for (int64_t k = 0; k < K; ++k) {
+        S sum = 0;
+        for (int64_t r = 0; r < rows.rows; ++r)
+          sum += decoder_bias[row + r] * *panels.at(r, k);
+        bias_code[k] += sum;
+      }
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------- once per thread
+
+  void run_share(Worker& w, int thread) {
+    const int64_t first = share(args.rows, thread, threads), last = share(args.rows, thread + 1, threads);
+    if (first == last) return;
+    const int64_t height = tile_rows(last - first, max(args.in_features, args.out_features));
+    allocate(w, height);
+    for (int64_t row = first; row < last; row += height) {
+      const int64_t rows = min(height, last - row);
+      run_tile(w, {row, rows, round_up(rows, kTileRows)});
+    }
+  }
+
+  int64_t code_stride() const { return round_up(K, kCols<S>); }
+  // V for the input: the columns of Z (unless tied or separate), then those of dU, as far as they are wanted.
+  int64_t slope_column() const { return joint && wants_code ? K : 0; }
+  int64_t input_width() const {
+    const int64_t codes = joint && wants_code ? K : 0;
+    const int64_t slopes = args.d_encoder_weight ? K : 0;
+    return codes + slopes;
+  }
+
+  void allocate(Worker& w, int64_t height) {
+    const int64_t code_size = height * code_stride();
+    w.input_blocks.allocate(Blocks<S>::size(height, args.in_features));
+    w.product.allocate(height * input_weights.cols);
+    w.code.allocate(code_size);
+    w.error.allocate(code_size);
+    if (wants_slope) w.slope.allocate(code_size);
+    w.code_blocks.allocate(Blocks<S>::size(height, K));
+    w.code_panels.allocate(Panels<S>::size(height, K));
+    if (separate) {
+      w.target_blocks.allocate(Blocks<S>::size(height, args.out_features));
+      w.target_product.allocate(height * target_weights.cols);
+    }
+    if (input_width()) {
+      w.values.allocate(Panels<S>::size(height, input_width()));
+      w.input_sums.allocate_zeros(Panels<S>::size(args.in_features, input_width()));
+    }
+    if (separate && wants_code) w.target_sums.allocate_zeros(Panels<S>::size(args.out_features, K));
+    if (wants_code) w.code_products.allocate_zeros(Panels<S>::size(K, K));
+    w.code_sum.allocate_zeros(K);
+    w.slope_sum.allocate_zeros(K);
+    if (args.d_decoder_bias) w.target_sum.allocate_zeros(args.out_features);
+  }
+
+  // --------------------------------------------------------------------------------------------- once per tile
+
+  void run_tile(Worker& w, const Tile& tile) {
+    const Blocks<S> input = pack_blocks(input_view<T>(args).slice(tile.first, tile.rows), w.input_blocks);
+    multiply(input, input_weights, w.product, input_weights.cols);
+    Blocks<S> target = input;
+    if (separate) {
+      target = pack_blocks(target_view().slice(tile.first, tile.rows), w.target_blocks);
+      multiply(target, target_weights, w.target_product, target_weights.cols);
+    }
+    encode(w, tile);
+    const Blocks<S> code = pack_blocks<S>({w.code, code_stride(), 1, tile.padded, K}, w.code_blocks);
+    multiply(code, gram, w.error, code_stride());
+    const bool direct = !gram_loss(w, tile);
+    if (direct) direct_loss(w, tile, code);
+    if (wants_slope) finish_slope(w, tile);
+    accumulate(w, tile, input, target, code, direct);
+  }
+
+  // Z = f(U) and f′(U); the padding rows of Z are zero.
+  void encode(Worker& w, const Tile& tile) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      S* row = w.error + r * code_stride();
+      const S* product = w.product + r * input_weights.cols;
+      for (int64_t k = 0; k < K; ++k) row[k] = product[k] + encoder_bias[k];
+      activate(args.activation, row, w.code + r * code_stride(), wants_slope ? w.slope + r * code_stride() : nullptr, K);
+      if (args.code) std::memcpy(static_cast<S*>(args.code) + (tile.first + r) * K, w.code + r * code_stride(), K * sizeof(S));
+    }
+    for (int64_t r = tile.rows; r < tile.padded; ++r) std::memset(w.code + r * code_stride(), 0, K * sizeof(S));
+  }
+
+  // Turns Z G into E = Z G − Q and adds the tile's Σ R²; false when the direct form has to do the tile instead.
+  bool gram_loss(Worker& w, const Tile& tile) {
+    const S* products = separate ? w.target_product : w.product + (joint ? K : 0);
+    const int64_t stride = separate ? target_weights.cols : input_weights.cols;
+    double energy = 0, cross = 0;
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      energy += centred_energy(row_of(target_view(), tile.first + r));
+      const S* product = products + r * stride;
+      const S* z = w.code + r * code_stride();
+      S* e = w.error + r * code_stride();
+      double row_cross = 0;
+      for (int64_t k = 0; k < K; ++k) {
+        const S q = product[k] - bias_code[k];
+        e[k] -= q;
+        row_cross += double(z[k]) * double(e[k] - q);
+      }
+      cross += row_cross;
+    }
+    const double squared_error = energy + cross;
+    const bool cancels = squared_error < kDirectBelow<T> * energy;
+    if (args.form == Form::direct || (args.form == Form::automatic && cancels)) return false;
+    w.total += squared_error;
+    w.gram_rows += tile.rows;
+    return true;
+  }
+
+  static const T* row_of(const View<T>& view, int64_t row) { return view.data + row * view.row_stride; }
+
+  // Σ (t − bd)² of one row.
+  double centred_energy(const T* t) const {
+    constexpr int kSums = 64;
+    double total = 0;
+    for (int64_t begin = 0; begin < args.out_features; begin += 4096) {
+      const int64_t end = min(begin + 4096, args.out_features);
+      S sums[kSums] = {};
+      int64_t i = begin;
+      for (; i + kSums <= end; i += kSums)
+        for (int j = 0; j < kSums; ++j) {
+          const S a = load(t[i + j]) - decoder_bias[i + j];
+          sums[j] += a * a;
+        }
+      for (int j = 0; i < end; ++i, ++j) {
+        const S a = load(t[i]) - decoder_bias[i];
+        sums[j] += a * a;
+      }
+      for (S sum : sums) total += double(sum);
+    }
+    return total;
+  }
+
+  // Σ R² and E again, with R formed block of columns by block of columns, and the decoder's gradients.
+  void direct_loss(Worker& w, const Tile& tile, const Blocks<S>& code) {
+    prepare_direct(w, tile);
+    const View<T> targets = target_view();
+    const Panels<S> decoder = Panels<S>::over(w.decoder_panels, args.out_features, K);
+    const Panels<S> rows = Panels<S>::over(w.decoder_rows, K, args.out_features);
+    const Panels<S> codes = code_panels(w, tile);
+    for (int64_t col = 0; col < args.out_features; col += kResidualCols) {
+      const int64_t cols = min(kResidualCols, args.out_features - col);
+      const Panels<S> block{rows.panel(col / kCols<S>), rows.rows, round_up(cols, kCols<S>)};
+      multiply(code, block, w.residual, kResidualCols);
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        S* residual = w.residual + r * kResidualCols;
+        const T* t = row_of(targets, tile.first + r) + col;
+        double sum = 0;
+        for (int64_t j = 0; j < cols; ++j) {
+          residual[j] += decoder_bias[col + j] - load(t[j]);
+          sum += double(residual[j]) * double(residual[j]);
+          if (args.d_decoder_bias) w.residual_sum[col + j] += double(residual[j]);
+        }
+        w.total += sum;
+      }
+      const Blocks<S> packed = pack_blocks<S>({w.residual, kResidualCols, 1, tile.rows, cols}, w.residual_blocks);
+      add_error(w, packed, decoder, col);
+      if (wants_code) {
+        const Panels<S> sums = Panels<S>::over(w.residual_code, args.out_features, K);
+        multiply_transposed(packed, codes, sums.below(col));
+      }
+    }
+  }
+
+  // E (+)= R[:, col…] Wd[col…, :].
+  void add_error(Worker& w, const Blocks<S>& residual, const Panels<S>& decoder, int64_t col) {
+    for (int64_t j = 0; j < decoder.count(); ++j) {
+      const Panels<S> panel{decoder.row(col, j), residual.cols, kCols<S>};
+      multiply(residual, panel, w.error + j * kCols<S>, code_stride(), col > 0);
+    }
+  }
+
+  void prepare_direct(Worker& w, const Tile& tile) {
+    if (w.decoder_rows) return;
+    const View<T> decoder = decoder_view<T>(args);
+    // A block of R ends on a whole panel of Wdᵀ and a whole block of Wd.
+    static_assert(kResidualCols % kCols<S> == 0 && kResidualCols % kTileRows == 0);
+    packed_panels(decoder, w.decoder_panels);
+    packed_panels(decoder.transposed(), w.decoder_rows);
+    w.residual.allocate(tile.padded * kResidualCols);
+    w.residual_blocks.allocate(Blocks<S>::size(tile.padded, kResidualCols));
+    if (wants_code) w.residual_code.allocate_zeros(Panels<S>::size(args.out_features, K));
+    if (args.d_decoder_bias) w.residual_sum.allocate_zeros(args.out_features);
+  }
+
+  // dU = E ⊙ f′(U), in the place of f′(U).
+  void finish_slope(Worker& w, const Tile& tile) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      S* slope = w.slope + r * code_stride();
+      const S* e = w.error + r * code_stride();
+      for (int64_t k = 0; k < K; ++k) slope[k] *= e[k];
+      for (int64_t k = 0; k < K; ++k) w.slope_sum[k] += double(slope[k]);
+      if (args.code_gradient)
+        std::memcpy(static_cast<S*>(args.code_gradient) + (tile.first + r) * K, slope, K * sizeof(S));
+    }
+  }
+
+  Panels<S> code_panels(Worker& w, const Tile& tile) {
+    const Panels<S> panels = Panels<S>::over(w.code_panels, tile.padded, K);
+    pack_panels<S>({w.code, code_stride(), 1, tile.rows, K}, panels);
+    zero_padding(panels, tile.rows, K);
+    return panels;
+  }
+
+  // The sums over rows. A direct tile has already given the decoder's share, as RᵀZ and Σ R.
+  void accumulate(Worker& w, const Tile& tile, const Blocks<S>& input, const Blocks<S>& target, const Blocks<S>& code,
+                  bool direct) {
+    if (!direct) {
+      if (wants_code) multiply_transposed(code, code_panels(w, tile), Panels<S>::over(w.code_products, K, K));
+      if (wants_code_sum)
+        for (int64_t r = 0; r < tile.rows; ++r)
+          for (int64_t k = 0; k < K; ++k) w.code_sum[k] += double(w.code[r * code_stride() + k]);
+      if (args.d_decoder_bias) add_target_rows(w, tile);
+      if (separate && wants_code)
+        multiply_transposed(target, Panels<S>::over(w.code_panels, tile.padded, K),
+                            Panels<S>::over(w.target_sums, args.out_features, K));
+    }
+    if (!input_width()) return;
+    const Panels<S> values = Panels<S>::over(w.values, tile.padded, input_width());
+    fill_values(w, tile, values, direct);
+    multiply_transposed(input, values, Panels<S>::over(w.input_sums, args.in_features, input_width()));
+  }
+
+  void add_target_rows(Worker& w, const Tile& tile) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const T* t = row_of(target_view(), tile.first + r);
+      for (int64_t j = 0; j < args.out_features; ++j) w.target_sum[j] += double(load(t[j]));
+    }
+  }
+
+  // V = [Z, dU]; tied: dU − Z. In a direct tile Z counts as zero.
+  void fill_values(Worker& w, const Tile& tile, const Panels<S>& values, bool direct) {
+    const View<S> code{w.code, code_stride(), 1, tile.rows, K}, slope{w.slope, code_stride(), 1, tile.rows, K};
+    if (joint && wants_code) {
+      if (direct) {
+        for (int64_t r = 0; r < tile.rows; ++r) std::memset(w.error + r * code_stride(), 0, K * sizeof(S));
+        pack_panels<S>({w.error, code_stride(), 1, tile.rows, K}, values);
+      } else {
+        pack_panels(code, values);
+      }
+    }
+    if (args.d_encoder_weight) {
+      if (tied && !separate && !direct)
+        for (int64_t r = 0; r < tile.rows; ++r)
+          for (int64_t k = 0; k < K; ++k) w.slope[r * code_stride() + k] -= w.code[r * code_stride() + k];
+      pack_panels(slope, values, slope_column());
+    }
+    zero_padding(values, tile.rows, input_width());
+  }
+
+  // ------------------------------------------------------------------------------------------- after all tiles
+
+  void finish(Worker* workers) {
+    for (int i = 1; i < threads; ++i) {
+      add(workers[0].code_products, workers[i].code_products, Panels<S>::size(K, K));
+      add(workers[0].code_sum, workers[i].code_sum, K);
+      add(workers[0].slope_sum, workers[i].slope_sum, K);
+      add(workers[0].target_sum, workers[i].target_sum, args.out_features);
+      workers[0].gram_rows += workers[i].gram_rows;
+    }
+    if (args.d_encoder_bias)
+      for (int64_t k = 0; k < K; ++k) static_cast<S*>(args.d_encoder_bias)[k] = S(workers[0].slope_sum[k]);
+    if (args.d_decoder_bias) finish_decoder_bias(workers);
+    parallel_for(threads, [&](int thread) { finish_weights(workers, thread); });
+  }
+
+  template <class N>
+  static void add(const Buffer<N>& sum, const Buffer<N>& term, int64_t count) {
+    if (!term) return;
+    for (int64_t i = 0; i < count; ++i) sum[i] += term[i];
+  }
+
+  void finish_decoder_bias(Worker* workers) {
+    const View<T> decoder = decoder_view<T>(args);
+    for (int64_t d = 0; d < args.out_features; ++d) {
+      double sum = double(workers[0].gram_rows) * double(decoder_bias[d]) - workers[0].target_sum[d];
+      for (int64_t k = 0; k < K; ++k)
+        sum += double(load(decoder.data[d * decoder.row_stride + k * decoder.col_stride])) * workers[0].code_sum[k];
+      for (int i = 0; i < threads; ++i)
+        if (workers[i].residual_sum) sum += workers[i].residual_sum[d];
+      static_cast<S*>(args.d_decoder_bias)[d] = S(sum);
+    }
+  }
+
+  void finish_weights(Worker* workers, int thread) {
+    constexpr int64_t kRows = 8 * kTileRows;
+    Buffer<S> gradient, block_data;
+    if (wants_code) gradient.allocate(kRows * code_stride()), block_data.allocate(Blocks<S>::size(kRows, K));
+    const int64_t features = max(args.in_features, args.out_features), units = (features + kRows - 1) / kRows;
+    for (int64_t unit = share(units, thread, threads); unit < share(units, thread + 1, threads); ++unit) {
+      const int64_t first = unit * kRows;
+      if (wants_code && first < args.out_features)
+        decoder_gradient(workers, first, min(kRows, args.out_features - first), block_data, gradient);
+      if (args.d_encoder_weight && first < args.in_features)
+        encoder_gradient(workers, first, min(kRows, args.in_features - first), gradient);
+    }
+  }
+
+  // Rows first … first + count of dWd = Wd (ZᵀZ) − TᵀZ + bd (Σz)ᵀ + RᵀZ, into `gradient` and, untied, to the caller.
+  void decoder_gradient(Worker* workers, int64_t first, int64_t count, S* block_data, S* gradient) {
+    const Panels<S> code_products = Panels<S>::over(workers[0].code_products, K, K);
+    multiply(pack_blocks(decoder_view<T>(args).slice(first, count), block_data), code_products, gradient, code_stride());
+    for (int64_t d = 0; d < count; ++d) {
+      S* row = gradient + d * code_stride();
+      for (int64_t k = 0; k < K; ++k) row[k] += decoder_bias[first + d] * S(workers[0].code_sum[k]);
+      for (int i = 0; i < threads; ++i) {
+        if (joint) add_row(row, K, workers[i].input_sums, args.in_features, input_width(), first + d, 0, S(-1));
+        if (separate) add_row(row, K, workers[i].target_sums, args.out_features, K, first + d, 0, S(-1));
+        add_row(row, K, workers[i].residual_code, args.out_features, K, first + d, 0, S(1));
+      }
+      if (!tied) std::memcpy(static_cast<S*>(args.d_decoder_weight) + (first + d) * K, row, K * sizeof(S));
+    }
+  }
+
+  // Columns first … first + count of dWe = dUᵀX, tied: of the sum of both roles.
+  void encoder_gradient(Worker* workers, int64_t first, int64_t count, const S* decoder_part) {
+    Buffer<S> row(K);
+    for (int64_t d = 0; d < count; ++d) {
+      for (int64_t k = 0; k < K; ++k) row[k] = tied ? decoder_part[d * code_stride() + k] : S(0);
+      for (int i = 0; i < threads; ++i)
+        add_row(row, K, workers[i].input_sums, args.in_features, input_width(), first + d, slope_column(), S(1));
+      for (int64_t k = 0; k < K; ++k) static_cast<S*>(args.d_encoder_weight)[k * args.in_features + first + d] = row[k];
+    }
+  }
+
+  const StepArgs& args;
+  const bool tied, separate, joint, wants_code, wants_slope, wants_code_sum;
+  const int threads;
+  const int64_t K;
+  Buffer<S> encoder_bias, decoder_bias, bias_code, input_weight_data, target_weight_data, gram_data;
+  Panels<S> input_weights{}, target_weights{}, gram{};
+};
+
+}  // namespace byol::BYOL_ISA

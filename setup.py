@@ -1,0 +1,97 @@
+"""Builds the native core, byol_fast._native; everything else about the package is in pyproject.toml.
+
+The same kernels are compiled once per instruction set and chosen at run time, so a wheel built on one machine runs on an
+older one. A build that fails never fails the install: the package then runs on plain PyTorch, and the reason is kept in
+byol_fast/_build.json for `byol-fast info`. BYOL_FAST_BUILD_NATIVE=0 leaves the native core out.
+"""
+
+import json
+import os
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra"]
+
+# Name, bytes of a vector register, rows of the register tile (2·rows accumulators and 3 operands must fit the register
+# file), compiler flags.
+X86 = [
+    ("avx512", 64, 12, "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"),
+    ("avx2", 32, 6, "-mavx2 -mfma -mf16c"),
+    ("portable", 16, 6, ""),
+]
+OTHERS = [("portable", 16, 12, "")]
+
+
+def instruction_sets():
+    return X86 if platform.machine().lower() in ("x86_64", "amd64") else OTHERS
+
+
+class BuildNative(build_ext):
+    """Compiles csrc/cpu/kernels.cpp once per instruction set and links everything into one module."""
+
+    def run(self):
+        reason = self._build()
+        if reason:
+            self.announce(f"byol_fast is installed without its native core: {reason}", level=3)
+            self.extensions = []
+        record = Path(self.build_lib, "byol_fast", "_build.json")
+        if self.inplace:
+            record = Path("byol_fast", "_build.json")
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps({"native": not reason, "reason": reason}) + "\n")
+
+    def _build(self):
+        """None, or why the native core could not be built."""
+        if os.environ.get("BYOL_FAST_BUILD_NATIVE") == "0":
+            return "it was built with BYOL_FAST_BUILD_NATIVE=0"
+        try:
+            super().run()
+        except Exception as error:
+            return f"it could not be compiled when byol_fast was installed: {type(error).__name__}: {error}"
+        return None
+
+    def build_extension(self, extension):
+        import pybind11
+
+        extension.include_dirs += [pybind11.get_include(), "csrc"]
+        macros = [("BYOL_X86", "1")] if instruction_sets() is X86 else []
+        compiler_name = os.path.basename((getattr(self.compiler, "compiler_cxx", None) or ["unknown"])[0])
+        macros.append(("BYOL_COMPILER", json.dumps(compiler_name)))
+        jobs = [(source, macros, [], self.build_temp) for source in extension.sources]
+        for name, vector_bytes, tile_rows, flags in instruction_sets():
+            isa = [("BYOL_ISA", name), ("BYOL_VECTOR_BYTES", str(vector_bytes)), ("BYOL_TILE_ROWS", str(tile_rows))]
+            jobs.append(("csrc/cpu/kernels.cpp", isa, flags.split(), os.path.join(self.build_temp, name)))
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            objects = [pool.submit(self._compile, extension, *job) for job in jobs]
+        extension.extra_objects = [name for job in objects for name in job.result()]
+        extension.sources = []
+        super().build_extension(extension)
+
+    def _compile(self, extension, source, macros, flags, output_dir):
+        return self.compiler.compile(
+            [source],
+            output_dir=output_dir,
+            macros=macros,
+            include_dirs=extension.include_dirs,
+            extra_postargs=FLAGS + flags,
+            depends=extension.depends,
+        )
+
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "byol_fast._native",
+            sources=["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/parallel.cpp"],
+            depends=[str(path) for path in Path("csrc").rglob("*.h")],
+            libraries=["dl", "pthread"] if os.name == "posix" else [],
+            language="c++",
+        )
+    ],
+    cmdclass={"build_ext": BuildNative},
+)
