@@ -1,8 +1,8 @@
 """Builds the native core, byol_fast._native; everything else about the package is in pyproject.toml.
 
-The same kernels are compiled once per instruction set and chosen at run time, so a wheel built on one machine runs on an
-older one. A build that fails never fails the install: the package then runs on plain PyTorch, and the reason is kept in
-byol_fast/_build.json for `byol-fast info`. BYOL_FAST_BUILD_NATIVE=0 leaves the native core out.
+The same kernels are compiled once per instruction set and chosen at run time, so a wheel built on one machine runs on
+an older one. A build that fails never fails the install: the package then runs on plain PyTorch, and the reason is kept
+in byol_fast/_build.json for `byol-fast info`. BYOL_FAST_BUILD_NATIVE=0 leaves the native core out.
 """
 
 import json
@@ -80,7 +80,6 @@ class BuildNative(build_ext):
             extra_postargs=FLAGS + flags,
             depends=extension.depends,
         )
-
 
 
 setup(

@@ -1,9 +1,9 @@
 """The autograd Functions of the three operations.
 
 The training step computes its weight gradients in the forward pass, while a tile of X is in cache, unscaled; the
-backward pass only multiplies them by c = 2·grad_output, last, so that nothing underflows in half precision. Gradients of
-the input and the target, which are as large as the data, wait for the backward pass; for them the forward pass keeps the
-code and its gradient, ``[N, K]`` each.
+backward pass only multiplies them by c = 2·grad_output, last, so that nothing underflows in half precision. Gradients
+of the input and the target, which are as large as the data, wait for the backward pass; for them the forward pass keeps
+the code and its gradient, ``[N, K]`` each.
 
 The backward pass of each Function is a Function too: the first derivatives come from kernels, their own derivatives
 (double backward) from the reference, which autograd differentiates to any order.
@@ -26,7 +26,8 @@ def squared_error(input: Tensor, target: Tensor, backend: str) -> Tensor:
     """Σ (input − target)² of two tensors of one shape, 0-dim, in the accumulation dtype."""
     if not any(_needs(input, target)):
         return ops.squared_error(input, target, backend)
-    return _apply(_SquaredError, input, target, backend)
+    total: Tensor = _apply(_SquaredError, input, target, backend)
+    return total
 
 
 def bottleneck(
@@ -45,7 +46,8 @@ def bottleneck(
     if not any(needs):
         return ops.bottleneck(*tensors, activation, residual, False, backend)[0]
     # Only the decoder bias' gradient can do without the code.
-    return _apply(_Bottleneck, *tensors, activation, residual, any(needs[:4]), backend)[0]
+    output: Tensor = _apply(_Bottleneck, *tensors, activation, residual, any(needs[:4]), backend)[0]
+    return output
 
 
 def bottleneck_squared_error(
@@ -63,7 +65,8 @@ def bottleneck_squared_error(
     needs = _needs(*tensors)
     if not any(needs):
         return ops.step(*tensors, activation, needs[2:], False, backend)[0]
-    return _apply(_BottleneckSquaredError, *tensors, activation, needs, backend)[0]
+    total: Tensor = _apply(_BottleneckSquaredError, *tensors, activation, needs, backend)[0]
+    return total
 
 
 def _needs(*tensors: Tensor | None) -> list[bool]:
@@ -73,14 +76,15 @@ def _needs(*tensors: Tensor | None) -> list[bool]:
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    return function.apply(*args)  # type: ignore[no-untyped-call]
+    return function.apply(*args)
 
 
 def _backward(function: type[_Kernel], grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
     """The gradients, tied to the graph only when somebody may differentiate them again."""
     if torch.is_grad_enabled():
         return tuple(_apply(function, grad, *args))
-    return function.forward(grad, *args)
+    gradients: tuple[Tensor | None, ...] = function.forward(grad, *args)
+    return gradients
 
 
 def _scaled(gradient: Tensor, scale: Tensor, like: Tensor | None, needed: bool) -> Tensor | None:
@@ -101,7 +105,7 @@ def _second_order(
     grad: Tensor,
     cotangents: _OptionalTensors,
 ) -> tuple[Tensor | None, ...]:
-    """Vector–Jacobian product of ``(grad, *inputs) ↦ (gradients of function that are needed)``: (grad, *inputs)."""
+    """Vector-Jacobian product of ``(grad, *inputs) ↦ (gradients of function that are needed)``: (grad, *inputs)."""
     with torch.enable_grad():
         # A view of its own for each argument: the same tensor may be passed twice and must not count twice.
         aliases = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]

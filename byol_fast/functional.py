@@ -45,8 +45,8 @@ def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean", weight: Ten
         raise ValueError(f"weight: expected the shape of input, {_shape(input)}, got {_shape(weight)}")
     if target.shape != input.shape:
         warnings.warn(
-            f"target has shape {_shape(target)}, input has shape {_shape(input)}: they are broadcast, which is likely to "
-            "give a wrong loss. Please ensure that they have the same shape.",
+            f"target has shape {_shape(target)}, input has shape {_shape(input)}: they are broadcast, which is likely "
+            "to give a wrong loss. Please ensure that they have the same shape.",
             stacklevel=2,
         )
     input, target = torch.broadcast_tensors(input, target)
@@ -98,8 +98,8 @@ def bottleneck(
     backend = _backend(tensors.present())
     if backend == "reference":
         return reference.bottleneck(*tensors.operands(), activation=activation, residual=residual)
-    input, *weights = tensors.cast().operands()
-    output = autograd.bottleneck(_matrix(input), *weights, activation, residual, backend)
+    input, *_ = operands = tensors.cast().operands()
+    output = autograd.bottleneck(_matrix(input), *operands[1:], activation, residual, backend)
     return output.reshape(*input.shape[:-1], tensors.out_features)
 
 
@@ -116,8 +116,8 @@ def bottleneck_mse_loss(
 ) -> Tensor:
     """Squared error of a bottleneck: ``mse_loss(bottleneck(input, …), target)`` without building the reconstruction.
 
-    The formulas are the Gram identity: with Z the code, G = Wdᵀ Wd, Q = (T − bd) Wd and E = Z G − Q, the squared error is
-    ‖T − bd‖² + Σ Z ⊙ (E − Q), and all gradients follow from products with X that are K wide.
+    The formulas are the Gram identity: with Z the code, G = Wdᵀ Wd, Q = (T − bd) Wd and E = Z G − Q, the squared error
+    is ‖T − bd‖² + Σ Z ⊙ (E − Q), and all gradients follow from products with X that are K wide.
 
     Args:
         input: ``[..., in_features]``.
@@ -149,9 +149,9 @@ def bottleneck_mse_loss(
         )
     loss_dtype = input.dtype if _autocast_dtype(input) is None else torch.promote_types(input.dtype, torch.float32)
     tensors = tensors.cast()
-    input, *weights = tensors.operands()
     goal = None if tensors.target is None else _matrix(tensors.target)
-    total = autograd.bottleneck_squared_error(_matrix(input), goal, *weights, activation, backend)
+    weights = tensors.operands()[1:]
+    total = autograd.bottleneck_squared_error(_matrix(tensors.input), goal, *weights, activation, backend)
     count = input.numel() // tensors.in_features * tensors.out_features
     return _reduced(total, reduction, count, loss_dtype)
 
@@ -178,7 +178,7 @@ def explain(
     target: Tensor | None = None,
     activation: str = "identity",
 ) -> Explanation:
-    """How :func:`bottleneck_mse_loss` would run on these arguments. It takes the same ones and raises the same errors."""
+    """How :func:`bottleneck_mse_loss` would run on these arguments; it raises the same errors."""
     tensors = _check_bottleneck(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation, target)
     if _is_empty(tensors.present()):
         return Explanation("reference", "direct", "an empty tensor leaves nothing to accelerate")
@@ -308,7 +308,6 @@ def _check_tensors(named: dict[str, Tensor | None]) -> None:
         if device is not None and tensor.device != device:
             raise ValueError(f"{name}: expected a tensor on {device}, where input is, got one on {tensor.device}")
         device = tensor.device
-    return None
 
 
 def _check_dtypes(named: dict[str, Tensor | None]) -> None:

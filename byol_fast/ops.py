@@ -1,9 +1,9 @@
 """The operations as ``torch.library`` ops over a backend's kernels: what ``torch.compile`` and ``torch.export`` see.
 
 Every op carries the name of its backend, so a compiled graph keeps the choice made when it was traced. The ops have no
-derivatives of their own (:mod:`byol_fast.autograd` adds them) and work on matrices: input ``[N, D]``, target ``[N, Dₒ]``,
-weights in ``nn.Linear`` layout, ``decoder_weight=None`` for tied weights. :mod:`byol_fast.backends.base` says what each
-kernel computes.
+derivatives of their own (:mod:`byol_fast.autograd` adds them) and work on matrices: input ``[N, D]``, target
+``[N, Dₒ]``, weights in ``nn.Linear`` layout, ``decoder_weight=None`` for tied weights. :mod:`byol_fast.backends.base`
+says what each kernel computes.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ _library = torch.library.Library("byol_fast", "DEF")
 
 def _define(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """One op: its schema, its kernel on every device, its shapes for tracing, and a loop for ``torch.vmap``."""
-    _library.define(
-        name + torch.library.infer_schema(kernel, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,)
-    )
+    _library.define(name + torch.library.infer_schema(kernel, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"byol_fast::{name}", fake, lib=_library)
     torch.library.register_vmap(f"byol_fast::{name}", _loop_over(name), lib=_library)
@@ -45,9 +43,12 @@ def _loop_over(name: str) -> Callable[..., Any]:
     return rule
 
 
-def _wanted(results: Sequence[Tensor], needs: Sequence[bool], like: Tensor) -> list[Tensor]:
+def _wanted(results: Sequence[Tensor | None], needs: Sequence[bool], like: Tensor) -> list[Tensor]:
     """The results asked for; an op cannot return None, so an empty tensor stands for the others."""
-    return [result if need else like.new_empty(0) for result, need in zip(results, needs, strict=True)]
+    return [
+        result if need and result is not None else like.new_empty(0)
+        for result, need in zip(results, needs, strict=True)
+    ]
 
 
 def _sum_like(input: Tensor) -> Tensor:
@@ -236,9 +237,9 @@ _define("bottleneck_backward", _bottleneck_backward, _bottleneck_backward_fake)
 _define("step", _step, _step_fake)
 _define("step_input_gradients", _step_input_gradients, _step_input_gradients_fake)
 
-squared_error = torch.ops.byol_fast.squared_error.default
-squared_error_backward = torch.ops.byol_fast.squared_error_backward.default
-bottleneck = torch.ops.byol_fast.bottleneck.default
-bottleneck_backward = torch.ops.byol_fast.bottleneck_backward.default
-step = torch.ops.byol_fast.step.default
-step_input_gradients = torch.ops.byol_fast.step_input_gradients.default
+squared_error: Callable[..., Tensor] = torch.ops.byol_fast.squared_error.default
+squared_error_backward: Callable[..., list[Tensor]] = torch.ops.byol_fast.squared_error_backward.default
+bottleneck: Callable[..., list[Tensor]] = torch.ops.byol_fast.bottleneck.default
+bottleneck_backward: Callable[..., list[Tensor]] = torch.ops.byol_fast.bottleneck_backward.default
+step: Callable[..., list[Tensor]] = torch.ops.byol_fast.step.default
+step_input_gradients: Callable[..., list[Tensor]] = torch.ops.byol_fast.step_input_gradients.default

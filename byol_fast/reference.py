@@ -28,7 +28,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean", weight: Tensor | None = None) -> Tensor:
     """Squared error of ``input`` and ``target``; see :func:`torch.nn.functional.mse_loss`."""
-    return F.mse_loss(input, target, reduction=reduction, weight=weight)
+    # torch's stubs do not know the argument yet.
+    return F.mse_loss(input, target, reduction=reduction, weight=weight)  # type: ignore[call-arg]
 
 
 def bottleneck(
@@ -41,7 +42,7 @@ def bottleneck(
     activation: str = "identity",
     residual: bool = False,
 ) -> Tensor:
-    """``decode(f(encode(input)))``, input ``[..., D]`` → ``[..., Dₒ]``; tied weights when ``decoder_weight`` is None."""
+    """``decode(f(encode(input)))``, input ``[..., D]`` → ``[..., Dₒ]``; tied when ``decoder_weight`` is None."""
     code = ACTIVATIONS[activation](F.linear(input, encoder_weight, encoder_bias))
     decoder = encoder_weight.t() if decoder_weight is None else decoder_weight
     output = F.linear(code, decoder, decoder_bias)
@@ -60,7 +61,5 @@ def bottleneck_mse_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """``mse_loss(bottleneck(input, …), target)``, the target being ``input`` itself by default."""
-    output = bottleneck(
-        input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation=activation
-    )
+    output = bottleneck(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation=activation)
     return mse_loss(output, input if target is None else target, reduction)

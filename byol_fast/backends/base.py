@@ -3,7 +3,7 @@
 Shapes: input ``[N, D]``, target ``[N, Dₒ]``, encoder_weight ``[K, D]``, decoder_weight ``[Dₒ, K]`` (None = tied),
 encoder_bias ``[K]``, decoder_bias ``[Dₒ]``, all of one dtype and device, any strides. Sums, codes and gradients leave a
 kernel unscaled in the accumulation dtype (:func:`accumulation_dtype`); the scale and the cast to the user's dtype come
-last. A result that was not asked for is an empty tensor of shape ``[0]``.
+last. A result that was not asked for is None.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Kernels(Backend, Protocol):
 
     def squared_error_backward(
         self, input: Tensor, target: Tensor, scale: Tensor, needs: Sequence[bool]
-    ) -> list[Tensor]:
+    ) -> list[Tensor | None]:
         """``scale·(input − target)`` and its negative, in the dtype of the input."""
 
     def bottleneck(
@@ -56,7 +56,7 @@ class Kernels(Backend, Protocol):
         activation: str,
         residual: bool,
         save_code: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> list[Tensor | None]:
         """The output ``[N, Dₒ]`` in the input's dtype, and the pre-activation U ``[N, K]``."""
 
     def bottleneck_backward(
@@ -69,7 +69,7 @@ class Kernels(Backend, Protocol):
         activation: str,
         residual: bool,
         needs: Sequence[bool],
-    ) -> list[Tensor]:
+    ) -> list[Tensor | None]:
         """Gradients of (input, encoder_weight, decoder_weight, encoder_bias, decoder_bias).
 
         The gradient of the input has its dtype. Tied: the encoder's holds the sum of both roles of the weight.
@@ -86,7 +86,7 @@ class Kernels(Backend, Protocol):
         activation: str,
         needs: Sequence[bool],
         save_codes: bool,
-    ) -> list[Tensor]:
+    ) -> list[Tensor | None]:
         """Σ R², the gradients of ½ Σ R² to (encoder_weight, decoder_weight, encoder_bias, decoder_bias), Z and dU."""
 
     def step_input_gradients(
@@ -100,5 +100,5 @@ class Kernels(Backend, Protocol):
         code_gradient: Tensor,
         scale: Tensor,
         needs: Sequence[bool],
-    ) -> list[Tensor]:
+    ) -> list[Tensor | None]:
         """``scale·(dU We − [target is None] R)`` and ``−scale·R``, in the input's dtype."""

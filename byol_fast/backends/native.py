@@ -77,7 +77,9 @@ class Native:
     def squared_error_backward(
         self, input: Tensor, target: Tensor, scale: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        outputs = [torch.empty_like(tensor) if need else None for tensor, need in zip((input, target), needs, strict=True)]
+        outputs = [
+            torch.empty_like(tensor) if need else None for tensor, need in zip((input, target), needs, strict=True)
+        ]
         present = [output for output in outputs if output is not None]
         rows, cols, (x, t, *matrices) = _collapse(input, target, *present)
         # An output that could not be viewed as a matrix was copied: its values go back at the end.
