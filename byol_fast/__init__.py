@@ -1,13 +1,17 @@
 """byol_fast: bottleneck layers for PyTorch (Bottleneck Yield Optimization Layer)."""
 
-from . import functional
+from . import functional, nn
 from ._version import __version__
 from .backends import BackendError, backends, use_backend
 from .functional import Explanation, bottleneck, bottleneck_mse_loss, explain, mse_loss
+from .nn import Bottleneck, MSELoss
+from .svd import truncated_svd
 
 __all__ = [
     "BackendError",
+    "Bottleneck",
     "Explanation",
+    "MSELoss",
     "__version__",
     "backends",
     "bottleneck",
@@ -15,5 +19,7 @@ __all__ = [
     "explain",
     "functional",
     "mse_loss",
+    "nn",
+    "truncated_svd",
     "use_backend",
 ]

@@ -1,0 +1,456 @@
+"""Layers: a low-rank pair of linear maps and its loss."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import functional, reference
+from .svd import checked_rank, fixed_signs, truncated_svd
+
+__all__ = ["Bottleneck", "MSELoss", "TiedDecoder"]
+
+
+class MSELoss(nn.Module):
+    """Mean squared error: a drop-in replacement of :class:`torch.nn.MSELoss`, run by :func:`byol_fast.mse_loss`.
+
+    Args:
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+    """
+
+    def __init__(self, reduction: str = "mean") -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.mse_loss(input, target, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}"
+
+
+class _HasEncoder(Protocol):
+    encoder: nn.Linear
+
+
+class TiedDecoder(nn.Module):
+    """The decoder of a tied :class:`Bottleneck`: it owns a bias and uses the transpose of the encoder's weight.
+
+    The weight is read from the layer at every call, so the encoder can be copied, cast, re-loaded or replaced freely.
+    """
+
+    def __init__(
+        self,
+        layer: _HasEncoder,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        # In a tuple, so that it is not registered as a submodule: the layer is this module's parent.
+        self._layer = (layer,)
+
+    @property
+    def weight(self) -> Tensor:
+        """``[out_features, rank]``, a view of the encoder's weight."""
+        return self._layer[0].encoder.weight.t()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"weight=encoder.weight.T, bias={self.bias is not None}"
+
+
+class Bottleneck(nn.Module):
+    """A linear encoder to ``rank`` features, an activation, and a linear decoder.
+
+    ``y = decoder(f(encoder(x)))``, plus x with ``residual``. Encoder and decoder are :class:`torch.nn.Linear` modules,
+    so the state dict has the keys ``encoder.weight``, ``encoder.bias``, ``decoder.weight`` and ``decoder.bias``, and
+    the checkpoints of such a pair load as they are.
+
+    :meth:`forward` and :meth:`reconstruction_loss` run as one fused operation on the weights and do not call the two
+    submodules. If one of these has hooks or is no plain ``nn.Linear`` any more (parametrized, quantized, wrapped by an
+    adapter), they are called after all, so that nothing is skipped.
+
+    The weights start as a random orthogonal projection: the encoder's rows (columns, if fewer) are orthonormal, the
+    decoder is its transpose, biases are zero. Without an activation, the reconstruction error then starts below the
+    energy of the data, where two independent random matrices start above it. A decoder with another number of outputs
+    gets orthonormal columns of its own; that of a residual layer starts at zero, so that the layer starts as the
+    identity.
+
+    Args:
+        in_features: size D of each input.
+        rank: size K of the code.
+        out_features: size Dₒ of each output; None means ``in_features``.
+        bias: whether encoder and decoder have biases.
+        activation: f, one of ``identity``, ``relu``, ``gelu``, ``gelu_tanh``, ``silu``, ``tanh``.
+        residual: add the input to the output; needs ``out_features == in_features``.
+        tied: the decoder uses ``encoder.weight.T`` (:class:`TiedDecoder`); needs ``out_features == in_features``.
+
+    Shapes:
+        input ``[..., in_features]``, code ``[..., rank]``, output ``[..., out_features]``.
+
+    Raises:
+        TypeError: a size is no integer.
+        ValueError: a size is < 1, the activation is unknown, or residual or tied do not fit the sizes.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        rank: int,
+        out_features: int | None = None,
+        *,
+        bias: bool = True,
+        activation: str = "identity",
+        residual: bool = False,
+        tied: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = _checked_size("in_features", in_features)
+        self.rank = _checked_size("rank", rank)
+        self.out_features = self.in_features if out_features is None else _checked_size("out_features", out_features)
+        if activation not in reference.ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
+        for name, flag in (("residual", residual), ("tied", tied)):
+            if flag and self.out_features != self.in_features:
+                raise ValueError(
+                    f"{name}: expected out_features = in_features = {self.in_features}, "
+                    f"got out_features = {self.out_features}"
+                )
+        self.activation = activation
+        self.residual = residual
+        self.encoder = nn.Linear(self.in_features, self.rank, bias, device, dtype)
+        self.decoder = (
+            TiedDecoder(self, self.out_features, bias, device, dtype)
+            if tied
+            else nn.Linear(self.rank, self.out_features, bias, device, dtype)
+        )
+        self.reset_parameters()
+
+    @property
+    def tied(self) -> bool:
+        """Whether the decoder uses the encoder's weight."""
+        return isinstance(self.decoder, TiedDecoder)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start anew, as described above."""
+        _orthogonal_(self.encoder.weight)
+        for bias in (self.encoder.bias, self.decoder.bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+        if self.tied:
+            return
+        if self.residual:
+            nn.init.zeros_(self.decoder.weight)
+        elif self.out_features == self.in_features:
+            self.decoder.weight.copy_(self.encoder.weight.t())
+        else:
+            _orthogonal_(self.decoder.weight)
+
+    def encode(self, input: Tensor) -> Tensor:
+        """The code: ``[..., in_features]`` → ``[..., rank]``."""
+        return reference.ACTIVATIONS[self.activation](self.encoder(input))
+
+    def decode(self, code: Tensor) -> Tensor:
+        """The decoder's output: ``[..., rank]`` → ``[..., out_features]``, to which a residual layer adds the input."""
+        return cast(Tensor, self.decoder(code))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self._is_plain():
+            output = self.decode(self.encode(input))
+            return input + output if self.residual else output
+        return functional.bottleneck(input, *self._weights(), activation=self.activation, residual=self.residual)
+
+    def reconstruction_loss(self, input: Tensor, target: Tensor | None = None, reduction: str = "mean") -> Tensor:
+        """``mse_loss(self(input), target)`` without building the reconstruction.
+
+        Args:
+            input: ``[..., in_features]``.
+            target: ``[..., out_features]``; None means ``input``.
+            reduction: ``"mean"``, ``"sum"``, or ``"none"`` (which builds the reconstruction).
+
+        Raises:
+            TypeError, ValueError: as :func:`byol_fast.bottleneck_mse_loss`.
+        """
+        if not self._is_plain():
+            return functional.mse_loss(self(input), input if target is None else target, reduction)
+        if self.residual:
+            # The input is part of the output, so the decoder has to make what is missing to the target.
+            target = (input if target is None else target) - input
+        return functional.bottleneck_mse_loss(
+            input, *self._weights(), target=target, activation=self.activation, reduction=reduction
+        )
+
+    def _weights(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        decoder_weight = None if self.tied else self.decoder.weight
+        return self.encoder.weight, decoder_weight, self.encoder.bias, self.decoder.bias
+
+    def _is_plain(self) -> bool:
+        """Whether calling the two submodules would do no more than what the fused operation does."""
+        plain_decoder = type(self.decoder) is nn.Linear or type(self.decoder) is TiedDecoder
+        return (
+            type(self.encoder) is nn.Linear
+            and plain_decoder
+            and not (_is_hooked(self.encoder) or _is_hooked(self.decoder))
+        )
+
+    def extra_repr(self) -> str:
+        options = [f"activation={self.activation}"] if self.activation != "identity" else []
+        options += [name for name in ("residual", "tied") if getattr(self, name)]
+        return ", ".join([f"{self.in_features} → {self.rank} → {self.out_features}", *options])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # What a tied layer can hold of an untied one's checkpoint: two weights that are each other's transpose.
+        decoder_weight = state_dict.pop(prefix + "decoder.weight", None) if self.tied else None
+        if decoder_weight is not None:
+            encoder_weight = state_dict.get(prefix + "encoder.weight")
+            if encoder_weight is None or not torch.equal(decoder_weight, encoder_weight.t()):
+                errors: list[str] = args[-1]
+                errors.append(
+                    f"{prefix}decoder.weight: expected the transpose of encoder.weight, because this layer is tied; "
+                    "a checkpoint with two different weights needs a Bottleneck with tied=False"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    # ------------------------------------------------------------------------------------------- linear algebra
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(
+        cls, linear: nn.Linear, rank: int, *, covariance: Tensor | None = None, mean: Tensor | None = None
+    ) -> Bottleneck:
+        """The bottleneck closest to a linear layer, by truncated SVD in float64.
+
+        Without ``covariance``, it is closest in its weight W: the truncated SVD. With it, in its *output*, over inputs
+        of that second moment C: the decoder spans the leading eigenvectors P of W C Wᵀ and the encoder is Pᵀ W, which
+        minimises E‖W x − V x‖² among all V of this rank. The code is in principal order, and each of its units has
+        encoder and decoder weights of equal norm.
+
+        Args:
+            linear: layer to approximate; it stays as it is.
+            rank: from 1 to min(in_features, out_features).
+            covariance: ``[in_features, in_features]``, the inputs' second moment XᵀX / N (any multiple will do), or,
+                together with ``mean``, their covariance.
+            mean: ``[in_features]``, the inputs' mean; the bias then makes up for the mean error of the weight.
+
+        Raises:
+            TypeError: ``linear`` is no ``nn.Linear``, or ``rank`` no integer.
+            ValueError: ``rank`` or the shape of ``covariance`` or ``mean`` does not fit, or the weight is not finite.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
+        weight = linear.weight
+        checked_rank(rank, min(weight.shape), "min(in_features, out_features)")
+        encoder, decoder = _principal_factors(weight.double(), rank, _checked_covariance(covariance, weight))
+        bias = None if linear.bias is None else linear.bias.double()
+        if mean is not None:
+            lost = (weight.double() - decoder @ encoder) @ _checked_mean(mean, weight)
+            bias = lost if bias is None else bias + lost
+        layer = cls(
+            linear.in_features,
+            rank,
+            linear.out_features,
+            bias=bias is not None,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        return layer.train(linear.training)._assign(encoder, decoder, None, bias)
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """The one linear layer that computes what this one does, its weight a product in float64.
+
+        Raises:
+            ValueError: the activation is not the identity.
+        """
+        self._check_linear("to_linear")
+        encoder, encoder_bias, decoder, decoder_bias = self._in_float64()
+        weight = decoder @ encoder
+        if self.residual:
+            weight.diagonal().add_(1)
+        linear = nn.Linear(
+            self.in_features,
+            self.out_features,
+            bias=self.encoder.bias is not None,
+            device=self.encoder.weight.device,
+            dtype=self.encoder.weight.dtype,
+        )
+        linear.weight.copy_(weight)
+        if linear.bias is not None:
+            linear.bias.copy_(decoder @ encoder_bias + decoder_bias)
+        return linear.train(self.training)
+
+    @torch.no_grad()
+    def canonicalize(self, *, covariance: Tensor | None = None, mean: Tensor | None = None) -> Bottleneck:
+        """A layer that computes the same, with its code rotated into principal order; this one stays as it is.
+
+        Code units become uncorrelated, the one that carries most of the output first, so that :meth:`truncate` loses as
+        little as possible. What "most" means depends on the inputs, so give their moments (of a :class:`StreamingPCA`,
+        for instance); without, they count as white: covariance I, mean 0. The code of a layer with biases is centred.
+
+        A tied layer stays tied, so its code can only be rotated: into the principal axes of the code.
+
+        Args:
+            covariance: ``[in_features, in_features]``, covariance of the inputs.
+            mean: ``[in_features]``, their mean.
+
+        Raises:
+            ValueError: the activation is not the identity, or the shape of ``covariance`` or ``mean`` does not fit.
+        """
+        self._check_linear("canonicalize")
+        encoder, encoder_bias, decoder, decoder_bias = self._in_float64()
+        covariance = _checked_covariance(covariance, self.encoder.weight)
+        center = torch.zeros_like(encoder[0]) if mean is None else _checked_mean(mean, self.encoder.weight)
+        if self.tied:
+            new_encoder = _principal_rotation(encoder, covariance) @ encoder
+            new_decoder = new_encoder.T
+        else:
+            new_encoder, new_decoder = _canonical_factors(encoder, decoder, covariance)
+        # The mean of the code moves into the decoder's bias, so that cutting a unit does not shift the output.
+        new_bias = decoder_bias + decoder @ (encoder @ center + encoder_bias)
+        return self._resized(self.rank)._assign(new_encoder, new_decoder, -new_encoder @ center, new_bias)
+
+    @torch.no_grad()
+    def truncate(self, rank: int) -> Bottleneck:
+        """A layer with the first ``rank`` units of the code only; this one stays as it is.
+
+        Codes are nested: ``self.truncate(k).encode(x)`` is ``self.encode(x)[..., :k]``. Which units come first is up to
+        :meth:`canonicalize`.
+
+        Raises:
+            TypeError: ``rank`` is no integer.
+            ValueError: ``rank`` is not in 1 … the rank of this layer.
+        """
+        rank = checked_rank(rank, self.rank, "the layer's rank")
+        encoder, encoder_bias, decoder, decoder_bias = self._in_float64()
+        return self._resized(rank)._assign(encoder[:rank], decoder[:, :rank], encoder_bias[:rank], decoder_bias)
+
+    def _in_float64(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight and bias of the encoder and of the decoder; zeros where there is no bias."""
+        encoder, decoder = self.encoder.weight.double(), self.decoder.weight.double()
+        biases = [
+            weight.new_zeros(weight.shape[0]) if bias is None else bias.double()
+            for weight, bias in ((encoder, self.encoder.bias), (decoder, self.decoder.bias))
+        ]
+        return encoder, biases[0], decoder, biases[1]
+
+    def _assign(
+        self, encoder: Tensor, decoder: Tensor, encoder_bias: Tensor | None, decoder_bias: Tensor | None
+    ) -> Bottleneck:
+        """Copy the values into the parameters this layer has."""
+        self.encoder.weight.copy_(encoder)
+        if not self.tied:
+            self.decoder.weight.copy_(decoder)
+        for bias, value in ((self.encoder.bias, encoder_bias), (self.decoder.bias, decoder_bias)):
+            if bias is not None and value is not None:
+                bias.copy_(value)
+        return self
+
+    def _resized(self, rank: int) -> Bottleneck:
+        """A fresh layer with this one's options."""
+        return Bottleneck(
+            self.in_features,
+            rank,
+            self.out_features,
+            bias=self.encoder.bias is not None,
+            activation=self.activation,
+            residual=self.residual,
+            tied=self.tied,
+            device=self.encoder.weight.device,
+            dtype=self.encoder.weight.dtype,
+        ).train(self.training)
+
+    def _check_linear(self, method: str) -> None:
+        if self.activation != "identity":
+            raise ValueError(f"{method}: expected a layer with activation identity, got {self.activation}")
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _checked_size(name: str, size: int) -> int:
+    if not isinstance(size, int):
+        raise TypeError(f"{name}: expected an integer, got {type(size).__name__}")
+    if size < 1:
+        raise ValueError(f"{name}: expected an integer ≥ 1, got {size}")
+    return size
+
+
+def _orthogonal_(weight: Tensor) -> None:
+    """Orthonormal rows, or columns if there are fewer; in float32 at least, because QR has no half precision."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    weight.copy_(nn.init.orthogonal_(torch.empty_like(weight, dtype=dtype)))
+
+
+def _checked_covariance(covariance: Tensor | None, weight: Tensor) -> Tensor | None:
+    features = weight.shape[1]
+    if covariance is not None and covariance.shape != (features, features):
+        raise ValueError(
+            f"covariance: expected shape [in_features, in_features] = [{features}, {features}], "
+            f"got {list(covariance.shape)}"
+        )
+    if covariance is not None and not torch.isfinite(covariance).all():
+        raise ValueError("covariance: expected finite numbers, got NaN or Inf")
+    return None if covariance is None else covariance.to(weight.device, torch.float64)
+
+
+def _checked_mean(mean: Tensor, weight: Tensor) -> Tensor:
+    if mean.shape != weight.shape[1:]:
+        raise ValueError(f"mean: expected shape [in_features] = [{weight.shape[1]}], got {list(mean.shape)}")
+    return mean.to(weight.device, torch.float64)
+
+
+def _principal_factors(weight: Tensor, rank: int, covariance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The best encoder ``[rank, n]`` and decoder ``[m, rank]`` for ``weight`` ``[m, n]``, in principal order."""
+    on_data = weight if covariance is None else weight @ _square_root(covariance)
+    decoder = truncated_svd(on_data, rank, method="covariance").U
+    encoder = decoder.T @ weight
+    # Halves of each unit's magnitude go to either side; a unit that carries nothing is zero on both.
+    magnitude = torch.linalg.vector_norm(encoder, dim=1)
+    scale = fixed_signs(encoder) * magnitude.sqrt()
+    inverse = torch.where(magnitude > 0, 1 / scale, 0.0)
+    return encoder * inverse[:, None], decoder * scale
+
+
+def _canonical_factors(encoder: Tensor, decoder: Tensor, covariance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Factors of the same product and shapes in principal order."""
+    orthonormal, triangular = torch.linalg.qr(decoder)
+    core = triangular @ encoder
+    rank = min(core.shape)
+    new_encoder, new_decoder = torch.zeros_like(encoder), torch.zeros_like(decoder)
+    # A rank above the sizes leaves units with nothing to carry.
+    new_encoder[:rank], core_decoder = _principal_factors(core, rank, covariance)
+    new_decoder[:, :rank] = orthonormal @ core_decoder
+    return new_encoder, new_decoder
+
+
+def _principal_rotation(encoder: Tensor, covariance: Tensor | None) -> Tensor:
+    """The orthogonal matrix that makes the code of this encoder uncorrelated and descending in variance."""
+    code_covariance = encoder @ encoder.T if covariance is None else encoder @ covariance @ encoder.T
+    _, axes = torch.linalg.eigh(code_covariance)
+    rotation: Tensor = axes.flip(1).T
+    return rotation * fixed_signs(rotation @ encoder)[:, None]
+
+
+def _square_root(covariance: Tensor) -> Tensor:
+    """S with S Sᵀ = covariance. The floor decides among directions the inputs never took: there, all count the same."""
+    values, axes = torch.linalg.eigh(covariance)
+    floor = 1e-10 * values[-1].clamp(min=0)
+    root: Tensor = axes * values.maximum(floor).sqrt()
+    return root
