@@ -69,6 +69,26 @@ def bottleneck_squared_error(
     return total
 
 
+def sparse_bottleneck_squared_error(
+    row_starts: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    encoder_weight: Tensor,
+    decoder_weight: Tensor | None,
+    encoder_bias: Tensor | None,
+    decoder_bias: Tensor | None,
+    activation: str,
+    backend: str,
+) -> Tensor:
+    """:func:`bottleneck_squared_error` of an input in CSR form, which is its own target and has no gradient."""
+    tensors = (row_starts, columns, values, encoder_weight, decoder_weight, encoder_bias, decoder_bias)
+    needs = _needs(*tensors)
+    if not any(needs):
+        return ops.sparse_step(*tensors, activation, needs[3:], backend)[0]
+    total: Tensor = _apply(_SparseSquaredError, *tensors, activation, needs, backend)[0]
+    return total
+
+
 def _needs(*tensors: Tensor | None) -> list[bool]:
     """Which of the tensors will want a gradient."""
     enabled = torch.is_grad_enabled()
@@ -291,3 +311,49 @@ class _BottleneckSquaredErrorBackward(_Kernel):
             )
 
         return *_second_order(function, inputs, ctx.needs, grad, cotangents), *[None] * 9
+
+
+# ----------------------------------------------------------------------------------- the step of a sparse input
+
+
+class _SparseSquaredError(_Kernel):
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        *tensors, activation, needs, backend = args
+        return tuple(ops.sparse_step(*tensors, activation, needs[3:], backend))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.activation, ctx.needs, ctx.backend = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*tensors, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+        gradients = _backward(_SparseSquaredErrorBackward, grad, *ctx.saved_tensors, ctx.activation, ctx.needs)
+        return *gradients, None, None, None
+
+
+class _SparseSquaredErrorBackward(_Kernel):
+    @staticmethod
+    def forward(grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+        tensors, gradients, needs = args[:7], args[7:11], args[12]
+        weights = [_scaled(*pair) for pair in zip(gradients, [2 * grad] * 4, tensors[3:], needs[3:], strict=True)]
+        return None, None, None, *weights
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.activation, ctx.needs = inputs[12:]
+        ctx.save_for_backward(*inputs[:8])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        grad, row_starts, columns, values, *weights = ctx.saved_tensors
+        size = (row_starts.numel() - 1, weights[0].shape[1])
+        input = torch.sparse_csr_tensor(row_starts, columns, values, size).to_dense()
+
+        def function(*weights: Any) -> Tensor:
+            return reference.bottleneck_mse_loss(input, *weights, activation=ctx.activation, reduction="sum")
+
+        grad_of_grad, *second = _second_order(function, weights, ctx.needs[3:], grad, cotangents[3:])
+        return grad_of_grad, None, None, None, *second, *[None] * 6

@@ -18,6 +18,7 @@ from .backends import choose, form
 __all__ = ["Explanation", "bottleneck", "bottleneck_mse_loss", "explain", "mse_loss"]
 
 _REDUCTIONS = ("none", "mean", "sum")
+_SPARSE = (torch.sparse_csr, torch.sparse_coo)
 
 
 def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean", weight: Tensor | None = None) -> Tensor:
@@ -120,7 +121,8 @@ def bottleneck_mse_loss(
     is ‖T − bd‖² + Σ Z ⊙ (E − Q), and all gradients follow from products with X that are K wide.
 
     Args:
-        input: ``[..., in_features]``.
+        input: ``[..., in_features]``, or a sparse matrix ``[N, in_features]`` in CSR or COO form, of which no dense row
+            is made; it is then its own target and has no gradient.
         encoder_weight: ``[rank, in_features]``, as in :class:`torch.nn.Linear`.
         decoder_weight: ``[out_features, rank]``; None ties it to ``encoder_weight.T``.
         encoder_bias: ``[rank]`` or None.
@@ -138,7 +140,11 @@ def bottleneck_mse_loss(
         ValueError: a shape, device or name does not fit; the message names the argument.
     """
     _check_choice("reduction", reduction, _REDUCTIONS)
-    tensors = _check_bottleneck(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation, target)
+    tensors = _check_bottleneck(
+        input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation, target, sparse=True
+    )
+    if _is_sparse(input):
+        _check_sparse(tensors, reduction)
     if reduction == "none":
         output = bottleneck(*tensors.operands(), activation=activation)
         return mse_loss(output, input if target is None else target, "none")
@@ -149,9 +155,12 @@ def bottleneck_mse_loss(
         )
     loss_dtype = input.dtype if _autocast_dtype(input) is None else torch.promote_types(input.dtype, torch.float32)
     tensors = tensors.cast()
-    goal = None if tensors.target is None else _matrix(tensors.target)
     weights = tensors.operands()[1:]
-    total = autograd.bottleneck_squared_error(_matrix(tensors.input), goal, *weights, activation, backend)
+    if _is_sparse(tensors.input):
+        total = autograd.sparse_bottleneck_squared_error(*_csr(tensors.input), *weights, activation, backend)
+    else:
+        goal = None if tensors.target is None else _matrix(tensors.target)
+        total = autograd.bottleneck_squared_error(_matrix(tensors.input), goal, *weights, activation, backend)
     count = input.numel() // tensors.in_features * tensors.out_features
     return _reduced(total, reduction, count, loss_dtype)
 
@@ -179,12 +188,17 @@ def explain(
     activation: str = "identity",
 ) -> Explanation:
     """How :func:`bottleneck_mse_loss` would run on these arguments; it raises the same errors."""
-    tensors = _check_bottleneck(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation, target)
+    tensors = _check_bottleneck(
+        input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation, target, sparse=True
+    )
+    if _is_sparse(input):
+        _check_sparse(tensors, "mean")
     if _is_empty(tensors.present()):
         return Explanation("reference", "direct", "an empty tensor leaves nothing to accelerate")
     choice = choose(tensors.present())
     dtype = tensors.cast().input.dtype
-    return Explanation(choice.backend, form(choice.backend, dtype, decoder_weight is None), choice.reason)
+    words = form(choice.backend, dtype, decoder_weight is None, _is_sparse(input))
+    return Explanation(choice.backend, words, choice.reason)
 
 
 @dataclass(frozen=True)
@@ -241,6 +255,16 @@ def _is_empty(tensors: tuple[Tensor, ...]) -> bool:
     return any(tensor.numel() == 0 for tensor in tensors)
 
 
+def _is_sparse(tensor: Tensor) -> bool:
+    return tensor.layout in _SPARSE
+
+
+def _csr(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row starts, columns and values."""
+    csr = matrix.to_sparse_csr() if matrix.layout == torch.sparse_coo else matrix
+    return csr.crow_indices().long(), csr.col_indices().long(), csr.values()
+
+
 def _matrix(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
@@ -260,6 +284,7 @@ def _check_bottleneck(
     decoder_bias: Tensor | None,
     activation: str,
     target: Tensor | None = None,
+    sparse: bool = False,
 ) -> _Bottleneck:
     named = {
         "input": input,
@@ -269,7 +294,7 @@ def _check_bottleneck(
         "decoder_bias": decoder_bias,
         "target": target,
     }
-    _check_tensors(named)
+    _check_tensors(named, sparse_input=sparse)
     _check_choice("activation", activation, tuple(reference.ACTIVATIONS))
     _check_dtypes(named)
     _check_shape("encoder_weight", encoder_weight, ("rank", "in_features"), (None, None))
@@ -292,7 +317,25 @@ def _check_bottleneck(
     return _Bottleneck(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, target)
 
 
-def _check_tensors(named: dict[str, Tensor | None]) -> None:
+def _check_sparse(tensors: _Bottleneck, reduction: str) -> None:
+    """What a sparse input cannot do."""
+    if tensors.input.dim() != 2 or tensors.input.dense_dim() != 0:
+        shape = _shape(tensors.input)
+        raise ValueError(f"input: expected a sparse matrix [N, in_features] of scalars, got shape {shape}")
+    if tensors.target is not None:
+        raise ValueError("target: expected None, for a sparse input is its own target, got a tensor")
+    if tensors.out_features != tensors.in_features:
+        raise ValueError(
+            f"decoder_weight: expected out_features = in_features = {tensors.in_features}, for a sparse input is its "
+            f"own target, got {tensors.out_features}"
+        )
+    if reduction == "none":
+        raise ValueError("reduction: expected mean or sum for a sparse input, got 'none'")
+    if tensors.input.requires_grad:
+        raise ValueError("input: expected a sparse input that requires no gradient, got requires_grad=True")
+
+
+def _check_tensors(named: dict[str, Tensor | None], sparse_input: bool = False) -> None:
     device = None
     for name, tensor in named.items():
         if tensor is None and name not in ("input", "target", "encoder_weight"):
@@ -301,8 +344,13 @@ def _check_tensors(named: dict[str, Tensor | None]) -> None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {tensor.layout}")
+        if tensor.layout != torch.strided and not (sparse_input and name == "input" and _is_sparse(tensor)):
+            expected = (
+                "a strided, sparse_csr or sparse_coo tensor"
+                if sparse_input and name == "input"
+                else "a dense (strided) tensor"
+            )
+            raise TypeError(f"{name}: expected {expected}, got layout {tensor.layout}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
         if device is not None and tensor.device != device:

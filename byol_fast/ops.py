@@ -196,6 +196,47 @@ def _step_fake(
     return _wanted(results, (True, *needs, save_codes, save_codes), input)
 
 
+def _sparse_step(
+    row_starts: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    encoder_weight: Tensor,
+    decoder_weight: Tensor | None,
+    encoder_bias: Tensor | None,
+    decoder_bias: Tensor | None,
+    activation: str,
+    needs: Sequence[bool],
+    backend: str,
+) -> list[Tensor]:
+    results = kernels(backend).sparse_step(
+        row_starts, columns, values, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation, needs
+    )
+    return _wanted(results, (True, *needs), values)
+
+
+def _sparse_step_fake(
+    row_starts: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    encoder_weight: Tensor,
+    decoder_weight: Tensor | None,
+    encoder_bias: Tensor | None,
+    decoder_bias: Tensor | None,
+    activation: str,
+    needs: Sequence[bool],
+    backend: str,
+) -> list[Tensor]:
+    rank, in_features = encoder_weight.shape
+    results = [
+        _sum_like(values),
+        _empty(values, rank, in_features),
+        _empty(values, in_features, rank),
+        _empty(values, rank),
+        _empty(values, in_features),
+    ]
+    return _wanted(results, (True, *needs), values)
+
+
 def _step_input_gradients(
     input: Tensor,
     target: Tensor | None,
@@ -235,6 +276,7 @@ _define("squared_error_backward", _squared_error_backward, _squared_error_backwa
 _define("bottleneck", _bottleneck, _bottleneck_fake)
 _define("bottleneck_backward", _bottleneck_backward, _bottleneck_backward_fake)
 _define("step", _step, _step_fake)
+_define("sparse_step", _sparse_step, _sparse_step_fake)
 _define("step_input_gradients", _step_input_gradients, _step_input_gradients_fake)
 
 squared_error: Callable[..., Tensor] = torch.ops.byol_fast.squared_error.default
@@ -242,4 +284,5 @@ squared_error_backward: Callable[..., list[Tensor]] = torch.ops.byol_fast.square
 bottleneck: Callable[..., list[Tensor]] = torch.ops.byol_fast.bottleneck.default
 bottleneck_backward: Callable[..., list[Tensor]] = torch.ops.byol_fast.bottleneck_backward.default
 step: Callable[..., list[Tensor]] = torch.ops.byol_fast.step.default
+sparse_step: Callable[..., list[Tensor]] = torch.ops.byol_fast.sparse_step.default
 step_input_gradients: Callable[..., list[Tensor]] = torch.ops.byol_fast.step_input_gradients.default

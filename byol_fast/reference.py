@@ -60,6 +60,10 @@ def bottleneck_mse_loss(
     activation: str = "identity",
     reduction: str = "mean",
 ) -> Tensor:
-    """``mse_loss(bottleneck(input, …), target)``, the target being ``input`` itself by default."""
+    """``mse_loss(bottleneck(input, …), target)``, the target being ``input`` itself by default.
+
+    A sparse ``input`` is made dense.
+    """
+    input = input.to_dense()
     output = bottleneck(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation=activation)
     return mse_loss(output, input if target is None else target, reduction)

@@ -108,6 +108,21 @@ double step(int dtype, int activation, int threads, const Sizes& sizes, const Py
   return kernels.step(args);
 }
 
+double sparse_step(int dtype, int activation, int threads, const Sizes& sizes, Address row_starts, Address columns,
+                   Address values, const PyMatrix& encoder_weight, const PyMatrix& decoder_weight, Address encoder_bias,
+                   Address decoder_bias, const std::array<Address, 4>& d_weights) {
+  byol::SparseArgs args{};
+  set_layer(args, dtype, activation, threads, sizes, {}, encoder_weight, decoder_weight, encoder_bias, decoder_bias);
+  args.row_starts = static_cast<const int64_t*>(at(row_starts));
+  args.columns = static_cast<const int64_t*>(at(columns));
+  args.values = at(values);
+  args.d_encoder_weight = at(d_weights[0]), args.d_decoder_weight = at(d_weights[1]);
+  args.d_encoder_bias = at(d_weights[2]), args.d_decoder_bias = at(d_weights[3]);
+  const byol::KernelTable& kernels = byol::kernels();
+  py::gil_scoped_release unlocked;
+  return kernels.sparse_step(args);
+}
+
 void step_input_gradients(int dtype, int threads, const Sizes& sizes, const PyMatrix& input,
                           const PyMatrix& encoder_weight, const PyMatrix& decoder_weight, Address decoder_bias,
                           const PyMatrix& target, Address code, Address code_gradient, double scale, Address d_input,
@@ -142,5 +157,6 @@ PYBIND11_MODULE(_native, module) {
   module.def("forward", &forward);
   module.def("backward", &backward);
   module.def("step", &step);
+  module.def("sparse_step", &sparse_step);
   module.def("step_input_gradients", &step_input_gradients);
 }

@@ -50,8 +50,8 @@ class _Reference:
     def refuses(self, tensors: Sequence[Tensor]) -> str | None:
         return None
 
-    def form(self, dtype: torch.dtype, tied: bool) -> str:
-        return "direct"
+    def form(self, dtype: torch.dtype, tied: bool, sparse: bool) -> str:
+        return "direct, the input made dense" if sparse else "direct"
 
 
 class _Absent:
@@ -67,7 +67,7 @@ class _Absent:
     def refuses(self, tensors: Sequence[Tensor]) -> str | None:
         return self.reason
 
-    def form(self, dtype: torch.dtype, tied: bool) -> str:
+    def form(self, dtype: torch.dtype, tied: bool, sparse: bool) -> str:
         return "none"
 
 
@@ -207,9 +207,9 @@ def _refusal(name: str, tensors: Sequence[Tensor]) -> str | None:
     return _REGISTRY[name].refuses(tensors)
 
 
-def form(name: str, dtype: torch.dtype, tied: bool) -> str:
+def form(name: str, dtype: torch.dtype, tied: bool, sparse: bool) -> str:
     """How the backend computes the training step, in words."""
-    return _REGISTRY[name].form(dtype, tied)
+    return _REGISTRY[name].form(dtype, tied, sparse)
 
 
 def kernels(name: str) -> Kernels:

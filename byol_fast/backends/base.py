@@ -1,4 +1,4 @@
-"""What a backend offers: a name, a reason when it cannot run, and six kernels.
+"""What a backend offers: a name, a reason when it cannot run, and seven kernels.
 
 Shapes: input ``[N, D]``, target ``[N, Dₒ]``, encoder_weight ``[K, D]``, decoder_weight ``[Dₒ, K]`` (None = tied),
 encoder_bias ``[K]``, decoder_bias ``[Dₒ]``, all of one dtype and device, any strides. Sums, codes and gradients leave a
@@ -31,8 +31,8 @@ class Backend(Protocol):
     def refuses(self, tensors: Sequence[Tensor]) -> str | None:
         """None, or why this backend cannot run on these tensors."""
 
-    def form(self, dtype: torch.dtype, tied: bool) -> str:
-        """How :meth:`step` computes: the words :func:`byol_fast.explain` shows."""
+    def form(self, dtype: torch.dtype, tied: bool, sparse: bool) -> str:
+        """How :meth:`step` (or :meth:`sparse_step`) computes: the words :func:`byol_fast.explain` shows."""
 
 
 class Kernels(Backend, Protocol):
@@ -88,6 +88,23 @@ class Kernels(Backend, Protocol):
         save_codes: bool,
     ) -> list[Tensor | None]:
         """Σ R², the gradients of ½ Σ R² to (encoder_weight, decoder_weight, encoder_bias, decoder_bias), Z and dU."""
+
+    def sparse_step(
+        self,
+        row_starts: Tensor,
+        columns: Tensor,
+        values: Tensor,
+        encoder_weight: Tensor,
+        decoder_weight: Tensor | None,
+        encoder_bias: Tensor | None,
+        decoder_bias: Tensor | None,
+        activation: str,
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Like :meth:`step` without a target, for an input in CSR form: Σ R² and the four gradients.
+
+        row_starts ``[N + 1]`` and columns ``[nnz]`` are int64, values ``[nnz]`` has the dtype of the weights.
+        """
 
     def step_input_gradients(
         self,

@@ -64,7 +64,9 @@ class Native:
                 return f"it has no kernels for {tensor.dtype}"
         return None
 
-    def form(self, dtype: torch.dtype, tied: bool) -> str:
+    def form(self, dtype: torch.dtype, tied: bool, sparse: bool) -> str:
+        if sparse:
+            return "sparse gram (tied: one product)" if tied else "sparse gram"
         gram = "gram (tied: one product)" if tied else "gram"
         exact = dtype in (torch.float32, torch.float64)
         return f"{gram}, direct for row tiles with a residual ratio below 1e-3" if exact else gram
@@ -197,6 +199,40 @@ class Native:
         )
         # Rounding may leave a sum of squares just below zero; the gradients do not pass through it.
         return [torch.tensor(total, dtype=dtype).clamp_(min=0), *d_weights, code, code_gradient]
+
+    def sparse_step(
+        self,
+        row_starts: Tensor,
+        columns: Tensor,
+        values: Tensor,
+        encoder_weight: Tensor,
+        decoder_weight: Tensor | None,
+        encoder_bias: Tensor | None,
+        decoder_bias: Tensor | None,
+        activation: str,
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        row_starts, columns, values = row_starts.contiguous(), columns.contiguous(), values.contiguous()
+        encoder_weight, decoder_weight = _rows(encoder_weight), _optional_rows(decoder_weight)
+        encoder_bias, decoder_bias = _contiguous(encoder_bias), _contiguous(decoder_bias)
+        rank, in_features = encoder_weight.shape
+        sizes = (row_starts.numel() - 1, in_features, in_features, rank)
+        d_weights = _weight_gradients(values, sizes, needs)
+        total = _native.sparse_step(
+            _DTYPES[values.dtype],
+            _ACTIVATIONS[activation],
+            torch.get_num_threads(),
+            sizes,
+            row_starts.data_ptr(),
+            columns.data_ptr(),
+            values.data_ptr(),
+            _at(encoder_weight),
+            _at(decoder_weight),
+            _address(encoder_bias),
+            _address(decoder_bias),
+            [_address(gradient) for gradient in d_weights],
+        )
+        return [torch.tensor(total, dtype=accumulation_dtype(values.dtype)).clamp_(min=0), *d_weights]
 
     def step_input_gradients(
         self,

@@ -62,6 +62,13 @@ struct StepArgs : LayerArgs {
   void *code, *code_gradient;  // [rows, rank] or null
 };
 
+// X in CSR form; `input` and `out_features` are not used, the target is X.
+struct SparseArgs : LayerArgs {
+  const int64_t *row_starts, *columns;
+  const void* values;
+  void *d_encoder_weight, *d_decoder_weight, *d_encoder_bias, *d_decoder_bias;
+};
+
 struct InputGradientArgs : LayerArgs {
   Matrix target;
   const void *code, *code_gradient;
@@ -69,7 +76,7 @@ struct InputGradientArgs : LayerArgs {
   void *d_input, *d_target;  // contiguous, input's type, or null
 };
 
-// One instruction set's kernels. squared_error and step return the sum of squares.
+// One instruction set's kernels. squared_error and the steps return the sum of squares.
 struct KernelTable {
   const char* name;
   double (*squared_error)(const SquaredErrorArgs&);
@@ -77,6 +84,7 @@ struct KernelTable {
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);
   double (*step)(const StepArgs&);
+  double (*sparse_step)(const SparseArgs&);
   void (*step_input_gradients)(const InputGradientArgs&);
 };
 

@@ -1,5 +1,6 @@
 // All kernels of one instruction set. The build compiles this file once per set, with BYOL_ISA naming it.
 #include "layer.h"
+#include "sparse.h"
 #include "squared_error.h"
 #include "step.h"
 
@@ -41,6 +42,9 @@ const KernelTable table{
     },
     [](const StepArgs& args) {
       return with_storage(args.dtype, [&](auto zero) { return Step<decltype(zero)>(args).run(); });
+    },
+    [](const SparseArgs& args) {
+      return with_storage(args.dtype, [&](auto zero) { return SparseStep<decltype(zero)>(args).run(); });
     },
     [](const InputGradientArgs& args) {
       with_storage(args.dtype, [&](auto zero) { step_input_gradients<decltype(zero)>(args); });

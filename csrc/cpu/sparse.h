@@ -1,0 +1,302 @@
+// The training step of a sparse X in CSR form (T is X), without a dense row: Σ R² and the gradients of ½ Σ R².
+//
+//   Q = X Wd − bd Wd,  E = Z G − Q,  Σ R² = Σ A² + Σ Z ⊙ (E − Q),  Σ A² = Σ stored ((x − bd)² − bd²) + N ‖bd‖²
+//   dWe = dUᵀ X,  dWd = Wd (ZᵀZ) − XᵀZ + bd (Σz)ᵀ,  dbe = Σ dU,  dbd = Wd Σz + N bd − Σ x
+//
+// Rows first: each gathers the rows of [Weᵀ, Wd] at its stored columns. There is no residual to fall back upon when the
+// Gram form cancels, so U, Q, E and the loss are formed in double; the memory traffic, which decides, is the same.
+// Columns second: a copy of X by columns gathers the rows of V = [Z, dU] (tied: dU − Z), so every sum has one owner.
+#pragma once
+
+#include "abi.h"
+#include "activation.h"
+#include "operands.h"
+#include "parallel_for.h"
+
+namespace byol::BYOL_ISA {
+
+// Columns of a gathered sum are formed kGather vectors at a time, in registers.
+constexpr int kGather = kTileRows >= 12 ? 8 : 4;
+// Terms after which a float sum is moved to double.
+constexpr int64_t kTerms = 4096;
+// How far ahead of the sum the rows are fetched: they lie anywhere.
+constexpr int64_t kAhead = 4;
+
+template <class S>
+constexpr int64_t kGatherCols = kGather * kLanes<S>;
+
+// sums[0…width] += Σ values[i] · rows[index[i]·width …], summed in type S; width is a multiple of kGatherCols<S>.
+template <class S, class M>
+void gather(const S* values, const int64_t* index, int64_t count, const M* rows, int64_t width, double* sums) {
+  typedef S Vector __attribute__((vector_size(BYOL_VECTOR_BYTES)));
+  typedef M Source __attribute__((vector_size(kLanes<S> * sizeof(M)), aligned(alignof(M)), may_alias));
+  for (int64_t first = 0; first < width; first += kGatherCols<S>) {
+    Vector sum[kGather] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const M* next = rows + index[min(i + kAhead, count - 1)] * width + first;
+#pragma GCC unroll 16
+      for (int64_t line = 0; line < kGatherCols<S>; line += 64 / int64_t(sizeof(M))) __builtin_prefetch(next + line);
+      const Source* row = reinterpret_cast<const Source*>(rows + index[i] * width + first);
+#pragma GCC unroll 16
+      for (int j = 0; j < kGather; ++j) sum[j] += values[i] * __builtin_convertvector(row[j], Vector);
+    }
+    for (int j = 0; j < kGather; ++j)
+      for (int lane = 0; lane < kLanes<S>; ++lane) sums[first + j * kLanes<S> + lane] += double(sum[j][lane]);
+  }
+}
+
+// Features that are transposed at a time: a cache line of each unit's.
+constexpr int64_t kStrip = 16;
+
+template <class T>
+class SparseStep {
+  using S = Acc<T>;
+
+ public:
+  explicit SparseStep(const SparseArgs& args)
+      : args(args),
+        tied(!args.decoder_weight.data),
+        wants_code(tied ? args.d_encoder_weight : args.d_decoder_weight),
+        threads(int(max(1, min(args.threads, args.rows)))),
+        K(args.rank),
+        D(args.in_features),
+        width(round_up(tied ? K : 2 * K, kGatherCols<S>)),
+        code_stride(round_up(K, kCols<double>)) {}
+
+  double run() {
+    prepare();
+    const bool wants_columns = args.d_encoder_weight || wants_code || args.d_decoder_bias;
+    if (wants_columns) values.allocate_zeros(args.rows * width);
+    Worker* workers = new Worker[threads];
+    double total = 0;
+    try {
+      parallel_for(threads, [&](int thread) { run_rows(workers[thread], thread); });
+      for (int i = 0; i < threads; ++i) total += workers[i].total;
+      merge(workers);
+      if (wants_columns) {
+        transpose();
+        parallel_for(threads, [&](int thread) { run_columns(workers[0], thread); });
+      }
+    } catch (...) {
+      delete[] workers;
+      throw;
+    }
+    delete[] workers;
+    return total;
+  }
+
+ private:
+  struct Worker {
+    double total = 0;
+    Buffer<double> code_products, code_sum, slope_sum;  // ZᵀZ, Σz, Σ dU
+  };
+
+  const T* stored() const { return static_cast<const T*>(args.values); }
+
+  int64_t longest_row() const {
+    int64_t longest = 0;
+    for (int64_t row = 0; row < args.rows; ++row) longest = max(longest, args.row_starts[row + 1] - args.row_starts[row]);
+    return longest;
+  }
+
+  // [Weᵀ, Wd] (tied: Weᵀ) row-major, G = Wdᵀ Wd, bd·Wd and ‖bd‖².
+  void prepare() {
+    const View<T> encoder = encoder_view<T>(args), decoder = decoder_view<T>(args);
+    load_bias<T>(args.encoder_bias, K, encoder_bias);
+    load_bias<T>(args.decoder_bias, D, decoder_bias);
+    weights.allocate_zeros(D * width);
+    for (int64_t first = 0; first < D; first += kStrip)
+      for (int64_t k = 0; k < K; ++k)
+        for (int64_t d = first; d < min(first + kStrip, D); ++d)
+          weights[d * width + k] = load(encoder.data[k * encoder.row_stride + d]);
+    if (!tied)
+      for (int64_t d = 0; d < D; ++d)
+        for (int64_t k = 0; k < K; ++k) weights[d * width + K + k] = load(decoder.data[d * decoder.row_stride + k]);
+    bias_code.allocate_zeros(K);
+    for (int64_t d = 0; d < D; ++d) {
+      const double bias = double(decoder_bias[d]);
+      bias_energy += bias * bias;
+      for (int64_t k = 0; args.decoder_bias && k < K; ++k) bias_code[k] += bias * double(decoder_row(d)[k]);
+    }
+    gram_data.allocate_zeros(Panels<double>::size(K, K) * threads);
+    parallel_for(threads, [&](int thread) {
+      add_products(D, thread, gram_data + thread * Panels<double>::size(K, K), [&](int64_t d) { return decoder_row(d); });
+    });
+    for (int i = 1; i < threads; ++i)
+      for (int64_t j = 0; j < Panels<double>::size(K, K); ++j) gram_data[j] += gram_data[i * Panels<double>::size(K, K) + j];
+    gram = Panels<double>::over(gram_data, K, K);
+  }
+
+  // Row d of Wd.
+  const S* decoder_row(int64_t d) const { return weights + d * width + (tied ? 0 : K); }
+
+  // sums += MᵀM over a thread's share of the rows of an [rows, K] matrix.
+  template <class Row>
+  void add_products(int64_t rows, int thread, double* sums, const Row& row_of) const {
+    constexpr int64_t kRows = 8 * kTileRows;
+    Buffer<double> tile(kRows * K), block_data(Blocks<double>::size(kRows, K)), panel_data(Panels<double>::size(kRows, K));
+    const int64_t last = share(rows, thread + 1, threads);
+    for (int64_t row = share(rows, thread, threads); row < last; row += kRows) {
+      const int64_t count = min(kRows, last - row);
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t k = 0; k < K; ++k) tile[r * K + k] = double(row_of(row + r)[k]);
+      const View<double> view{tile, K, 1, count, K};
+      const Panels<double> panels = Panels<double>::over(panel_data, count, K);
+      pack_panels(view, panels);
+      zero_padding(panels, count, K);
+      multiply_transposed(pack_blocks(view, block_data), panels, Panels<double>::over(sums, K, K));
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------------------ rows
+
+  void run_rows(Worker& w, int thread) {
+    constexpr int64_t kRows = 8 * kTileRows;
+    w.code_products.allocate_zeros(Panels<double>::size(K, K));
+    w.code_sum.allocate_zeros(K);
+    w.slope_sum.allocate_zeros(K);
+    Buffer<double> product(kRows * width), code(kRows * code_stride), slope(kRows * code_stride), error(kRows * code_stride);
+    Buffer<double> block_data(Blocks<double>::size(kRows, K)), panel_data(Panels<double>::size(kRows, K)), entries(longest_row());
+    const int64_t last = share(args.rows, thread + 1, threads);
+    for (int64_t first = share(args.rows, thread, threads); first < last; first += kRows) {
+      const int64_t rows = min(kRows, last - first);
+      double energy = 0;
+      for (int64_t r = 0; r < rows; ++r)
+        energy += encode(first + r, product + r * width, code + r * code_stride, slope + r * code_stride, entries);
+      const View<double> codes{code, code_stride, 1, rows, K};
+      const Blocks<double> blocks = pack_blocks(codes, block_data);
+      multiply(blocks, gram, error, code_stride);
+      w.total += energy;
+      for (int64_t r = 0; r < rows; ++r)
+        w.total += finish_row(w, first + r, product + r * width, code + r * code_stride, slope + r * code_stride,
+                              error + r * code_stride);
+      if (!wants_code) continue;
+      const Panels<double> panels = Panels<double>::over(panel_data, rows, K);
+      pack_panels(codes, panels);
+      zero_padding(panels, rows, K);
+      multiply_transposed(blocks, panels, Panels<double>::over(w.code_products, K, K));
+    }
+  }
+
+  // X·[Weᵀ, Wd] of one row, Z and f′(U); returns Σ A² of the row.
+  double encode(int64_t row, double* product, double* code, double* slope, double* entries) const {
+    const int64_t begin = args.row_starts[row], count = args.row_starts[row + 1] - begin;
+    double energy = bias_energy;
+    for (int64_t i = 0; i < count; ++i) {
+      const double x = double(load(stored()[begin + i])), bias = double(decoder_bias[args.columns[begin + i]]);
+      entries[i] = x;
+      energy += x * (x - 2 * bias);
+    }
+    std::memset(product, 0, width * sizeof(double));
+    gather<double>(entries, args.columns + begin, count, static_cast<const S*>(weights), width, product);
+    for (int64_t k = 0; k < K; ++k) code[k] = product[k] + double(encoder_bias[k]);
+    activate<double>(args.activation, code, code, slope, K);
+    return energy;
+  }
+
+  // E and dU of one row; stores V and returns Σ Z ⊙ (E − Q).
+  double finish_row(Worker& w, int64_t row, const double* product, const double* code, double* slope, const double* error) {
+    const double* products = product + (tied ? 0 : K);
+    double cross = 0;
+    for (int64_t k = 0; k < K; ++k) {
+      const double q = products[k] - bias_code[k], e = error[k] - q;
+      cross += code[k] * (e - q);
+      slope[k] *= e;
+      w.slope_sum[k] += slope[k];
+      w.code_sum[k] += code[k];
+    }
+    if (values) {
+      S* v = values + row * width;
+      for (int64_t k = 0; k < K; ++k) {
+        v[k] = tied ? S(slope[k] - code[k]) : S(code[k]);
+        if (!tied) v[K + k] = S(slope[k]);
+      }
+    }
+    return cross;
+  }
+
+  void merge(Worker* workers) {
+    for (int i = 1; i < threads; ++i) {
+      for (int64_t j = 0; j < Panels<double>::size(K, K); ++j) workers[0].code_products[j] += workers[i].code_products[j];
+      for (int64_t k = 0; k < K; ++k) {
+        workers[0].code_sum[k] += workers[i].code_sum[k];
+        workers[0].slope_sum[k] += workers[i].slope_sum[k];
+      }
+    }
+    if (args.d_encoder_bias)
+      for (int64_t k = 0; k < K; ++k) static_cast<S*>(args.d_encoder_bias)[k] = S(workers[0].slope_sum[k]);
+  }
+
+  // --------------------------------------------------------------------------------------------------- columns
+
+  // X by columns: a counting sort, which keeps the rows of a column in order.
+  void transpose() {
+    const int64_t stored_count = args.row_starts[args.rows];
+    column_starts.allocate_zeros(D + 1);
+    column_rows.allocate(stored_count);
+    column_values.allocate(stored_count);
+    for (int64_t i = 0; i < stored_count; ++i) ++column_starts[args.columns[i] + 1];
+    for (int64_t d = 0; d < D; ++d) column_starts[d + 1] += column_starts[d];
+    Buffer<int64_t> next(D);
+    std::memcpy(next, column_starts, D * sizeof(int64_t));
+    for (int64_t row = 0; row < args.rows; ++row)
+      for (int64_t i = args.row_starts[row]; i < args.row_starts[row + 1]; ++i) {
+        const int64_t place = next[args.columns[i]]++;
+        column_rows[place] = row;
+        column_values[place] = load(stored()[i]);
+      }
+  }
+
+  // The weights' gradients of a thread's share of the columns; `sums` holds ZᵀZ and Σz.
+  void run_columns(const Worker& sums, int thread) {
+    constexpr int64_t kRows = 8 * kTileRows;
+    const Panels<double> code_products = Panels<double>::over(sums.code_products, K, K);
+    Buffer<double> tile(kRows * K), block_data(Blocks<double>::size(kRows, K)), decoded(kRows * code_stride), column(width);
+    Buffer<S> encoded(kRows * K);
+    const int64_t last = share(D, thread + 1, threads);
+    for (int64_t first = share(D, thread, threads); first < last; first += kRows) {
+      const int64_t count = min(kRows, last - first);
+      if (wants_code) {
+        for (int64_t d = 0; d < count; ++d)
+          for (int64_t k = 0; k < K; ++k) tile[d * K + k] = double(decoder_row(first + d)[k]);
+        multiply(pack_blocks<double>({tile, K, 1, count, K}, block_data), code_products, decoded, code_stride);
+      }
+      for (int64_t d = 0; d < count; ++d) finish_column(sums, first + d, decoded + d * code_stride, column, encoded + d * K);
+      for (int64_t k = 0; args.d_encoder_weight && k < K; ++k)
+        for (int64_t d = 0; d < count; ++d)
+          static_cast<S*>(args.d_encoder_weight)[k * D + first + d] = encoded[d * K + k];
+    }
+  }
+
+  void finish_column(const Worker& sums, int64_t d, const double* decoded, double* column, S* encoded) {
+    const int64_t begin = column_starts[d], end = column_starts[d + 1];
+    std::memset(column, 0, width * sizeof(double));
+    for (int64_t i = begin; i < end; i += kTerms)
+      gather<S>(column_values + i, column_rows + i, min(kTerms, end - i), static_cast<const S*>(values), width, column);
+    const double bias = double(decoder_bias[d]);
+    for (int64_t k = 0; k < K; ++k) {
+      const double decoder_part = wants_code ? decoded[k] + bias * sums.code_sum[k] : 0;
+      // Tied, V has −Z in it already.
+      const double encoder_part = tied ? column[k] + decoder_part : column[K + k];
+      encoded[k] = S(encoder_part);
+      if (args.d_decoder_weight) static_cast<S*>(args.d_decoder_weight)[d * K + k] = S(decoder_part - column[k]);
+    }
+    if (!args.d_decoder_bias) return;
+    double sum = double(args.rows) * bias;
+    for (int64_t k = 0; k < K; ++k) sum += double(decoder_row(d)[k]) * sums.code_sum[k];
+    for (int64_t i = begin; i < end; ++i) sum -= double(column_values[i]);
+    static_cast<S*>(args.d_decoder_bias)[d] = S(sum);
+  }
+
+  const SparseArgs& args;
+  const bool tied, wants_code;
+  const int threads;
+  const int64_t K, D, width, code_stride;
+  double bias_energy = 0;
+  Buffer<S> encoder_bias, decoder_bias, weights, values, column_values;
+  Buffer<double> bias_code, gram_data;
+  Buffer<int64_t> column_starts, column_rows;
+  Panels<double> gram{};
+};
+
+}  // namespace byol::BYOL_ISA
