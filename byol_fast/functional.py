@@ -157,7 +157,8 @@ def bottleneck_mse_loss(
     tensors = tensors.cast()
     weights = tensors.operands()[1:]
     if _is_sparse(tensors.input):
-        total = autograd.sparse_bottleneck_squared_error(*_csr(tensors.input), *weights, activation, backend)
+        row_starts, columns, values = _csr(tensors.input)
+        total = autograd.sparse_bottleneck_squared_error(row_starts, columns, values, *weights, activation, backend)
     else:
         goal = None if tensors.target is None else _matrix(tensors.target)
         total = autograd.bottleneck_squared_error(_matrix(tensors.input), goal, *weights, activation, backend)
