@@ -82,15 +82,16 @@ class BuildNative(build_ext):
         )
 
 
-setup(
-    ext_modules=[
-        Extension(
-            "byol_fast._native",
-            sources=["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/parallel.cpp"],
-            depends=[str(path) for path in Path("csrc").rglob("*.h")],
-            libraries=["dl", "pthread"] if os.name == "posix" else [],
-            language="c++",
-        )
-    ],
-    cmdclass={"build_ext": BuildNative},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[
+            Extension(
+                "byol_fast._native",
+                sources=["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/parallel.cpp"],
+                depends=[str(path) for path in Path("csrc").rglob("*.h")],
+                libraries=["dl", "pthread"] if os.name == "posix" else [],
+                language="c++",
+            )
+        ],
+        cmdclass={"build_ext": BuildNative},
+    )

@@ -51,7 +51,7 @@ Panels<Acc<T>> packed_panels(const View<T>& source, Buffer<Acc<T>>& data) {
 inline int64_t tile_rows(int64_t share_rows, int64_t features) {
   const int64_t most = max(96, min(252, (160 * 1024) / max(features, 1)));
   const int64_t tiles = max(1, (share_rows + most - 1) / most);
-  return round_up((share_rows + tiles - 1) / tiles, kTileRows);
+  return max(kTileRows, round_up((share_rows + tiles - 1) / tiles, kTileRows));
 }
 
 // Threads worth using for this much arithmetic.

@@ -129,7 +129,6 @@ class Step {
 
   void run_share(Worker& w, int thread) {
     const int64_t first = share(args.rows, thread, threads), last = share(args.rows, thread + 1, threads);
-    if (first == last) return;
     const int64_t height = tile_rows(last - first, max(args.in_features, args.out_features));
     allocate(w, height);
     for (int64_t row = first; row < last; row += height) {
