@@ -1,8 +1,9 @@
-"""Builds the fuzz target (fuzz.cpp) for every instruction set of this processor and runs it on each.
+"""Builds the fuzz target (fuzz.cpp) for every instruction set of a processor and runs it on each.
 
-    python tests/native/fuzz.py plain|address|thread [--first SEED] [--cases N]
+    python tests/native/fuzz.py plain|address|thread|arm64 [--first SEED] [--cases N]
 
-"address" is AddressSanitizer with UndefinedBehaviorSanitizer, "thread" is ThreadSanitizer. Exits with 1 if a case fails.
+"address" is AddressSanitizer with UndefinedBehaviorSanitizer, "thread" is ThreadSanitizer, "arm64" is cross-compiled and
+run under user-mode emulation (Debian: g++-aarch64-linux-gnu, qemu-user-static). Exits with 1 if a case fails.
 """
 
 from __future__ import annotations
@@ -12,29 +13,44 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from setup import X86, instruction_sets  # noqa: E402
+from setup import OTHERS, X86, instruction_sets  # noqa: E402
 
-MODES = {
-    "plain": ["-O2"],
-    "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "thread": ["-O1", "-g", "-fsanitize=thread"],
+SOURCES = {
+    "fuzz": "tests/native/fuzz.cpp",
+    "dispatch": "csrc/cpu/dispatch.cpp",
+    "parallel": "csrc/cpu/parallel.cpp",
 }
 
 
-def build(mode: str, folder: Path) -> Path:
+@dataclass
+class Mode:
+    flags: list[str]
+    compiler: str = os.environ.get("CXX", "g++")
+    sets: list[tuple[str, int, int, str]] = field(default_factory=instruction_sets)
+    runner: tuple[str, ...] = ()
+
+
+MODES = {
+    "plain": Mode(["-O2"]),
+    "address": Mode(["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]),
+    "thread": Mode(["-O1", "-g", "-fsanitize=thread"]),
+    "arm64": Mode(["-O2", "-static"], "aarch64-linux-gnu-g++", OTHERS, ("qemu-aarch64-static",)),
+}
+
+
+def build(mode: Mode, folder: Path) -> Path:
     """The program, compiled into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    common = [os.environ.get("CXX", "g++"), "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
-    common += [f"-I{ROOT / 'csrc'}", *MODES[mode]]
-    if instruction_sets() is X86:
-        common.append("-DBYOL_X86=1")
+    common = [mode.compiler, "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", *mode.flags]
+    common += [f"-I{ROOT / 'csrc'}", *(["-DBYOL_X86=1"] if mode.sets is X86 else [])]
     jobs = {name: [str(ROOT / path)] for name, path in SOURCES.items()}
-    for name, vector_bytes, tile_rows, flags in instruction_sets():
+    for name, vector_bytes, tile_rows, flags in mode.sets:
         macros = [f"-DBYOL_ISA={name}", f"-DBYOL_VECTOR_BYTES={vector_bytes}", f"-DBYOL_TILE_ROWS={tile_rows}"]
         jobs[name] = [str(ROOT / "csrc/cpu/kernels.cpp"), *macros, *flags.split()]
     objects = {name: str(folder / f"{name}.o") for name in jobs}
@@ -45,17 +61,14 @@ def build(mode: str, folder: Path) -> Path:
     return program
 
 
-SOURCES = {
-    "fuzz": "tests/native/fuzz.cpp",
-    "dispatch": "csrc/cpu/dispatch.cpp",
-    "parallel": "csrc/cpu/parallel.cpp",
-}
+def run(mode: Mode, program: Path, arguments: list[str], instruction_set: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "BYOL_FAST_CPU": instruction_set}
+    return subprocess.run([*mode.runner, str(program), *arguments], env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def runnable(program: Path) -> list[str]:
-    """The instruction sets that this processor has, as the dispatcher lists them."""
-    refusal = subprocess.run([program, "0", "0"], env={**os.environ, "BYOL_FAST_CPU": "?"}, capture_output=True, text=True)
-    return refusal.stderr.partition("expected one of ")[2].partition(" on this")[0].split(", ")
+def runnable(mode: Mode, program: Path) -> list[str]:
+    """The instruction sets that this processor has, as the dispatcher lists them when asked for an unknown one."""
+    return run(mode, program, ["0", "0"], "?").stderr.partition("expected one of ")[2].partition(" on this")[0].split(", ")
 
 
 def main() -> int:
@@ -64,12 +77,14 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, metavar="SEED")
     parser.add_argument("--cases", type=int, default=300, metavar="N")
     options = parser.parse_args()
-    program = build(options.mode, ROOT / "build" / f"fuzz-{options.mode}")
-    failures = 0
-    for name in runnable(program):
-        command = [str(program), str(options.first), str(options.cases)]
-        failures += subprocess.run(command, env={**os.environ, "BYOL_FAST_CPU": name}).returncode != 0
-    return int(failures > 0)
+    mode = MODES[options.mode]
+    program = build(mode, ROOT / "build" / f"fuzz-{options.mode}")
+    failed = False
+    for name in runnable(mode, program):
+        result = run(mode, program, [str(options.first), str(options.cases)], name)
+        failed |= result.returncode != 0
+        print(result.stderr, end="", file=sys.stderr)
+    return int(failed)
 
 
 if __name__ == "__main__":
