@@ -2,8 +2,8 @@
 
     python tests/native/fuzz.py plain|address|thread|arm64 [--first SEED] [--cases N]
 
-"address" is AddressSanitizer with UndefinedBehaviorSanitizer, "thread" is ThreadSanitizer, "arm64" is cross-compiled and
-run under user-mode emulation (Debian: g++-aarch64-linux-gnu, qemu-user-static). Exits with 1 if a case fails.
+"address" is AddressSanitizer with UndefinedBehaviorSanitizer, "thread" is ThreadSanitizer, "arm64" is cross-compiled
+and run under user-mode emulation (Debian: g++-aarch64-linux-gnu, qemu-user-static). Exits with 1 if a case fails.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def run(mode: Mode, program: Path, arguments: list[str], instruction_set: str) -
 
 def runnable(mode: Mode, program: Path) -> list[str]:
     """The instruction sets that this processor has, as the dispatcher lists them when asked for an unknown one."""
-    return run(mode, program, ["0", "0"], "?").stderr.partition("expected one of ")[2].partition(" on this")[0].split(", ")
+    refusal = run(mode, program, ["0", "0"], "?").stderr
+    return refusal.partition("expected one of ")[2].partition(" on this")[0].split(", ")
 
 
 def main() -> int:

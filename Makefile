@@ -1,0 +1,55 @@
+# Everything here makes its own environment in .venv; nothing else is needed than Python ≥ 3.10, make and, for the native
+# core, a C++17 compiler.
+PYTHON ?= python3
+# Pinned to a CPU build: a bare `torch` may bring several gigabytes of CUDA libraries, which nothing here needs.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+NATIVE := $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: test demo lint bench bench-quick sanitize fuzz wheel clean
+.DEFAULT_GOAL := test
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	@touch $@
+
+# Editable, so that Python files are used as they are; C++ files are compiled again when they change.
+$(INSTALLED): $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q
+
+demo: $(INSTALLED)
+	$(BIN)/byol-fast demo
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(INSTALLED)
+	$(BIN)/python -m bench
+
+bench-quick: $(INSTALLED)
+	$(BIN)/python -m bench --quick
+
+# The native core under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer.
+sanitize: $(INSTALLED)
+	$(BIN)/python tests/native/fuzz.py address
+	$(BIN)/python tests/native/fuzz.py thread
+
+fuzz: $(INSTALLED)
+	$(BIN)/python tests/native/fuzz.py plain --first $$(date +%s) --cases 5000
+
+wheel: $(VENV)/.torch
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist *.egg-info byol_fast/*.so byol_fast/_build.json $(VENV)
