@@ -16,6 +16,8 @@ from .base import accumulation_dtype
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "tanh": 5}
 _FORMS = {"auto": 0, "gram": 1, "direct": 2}
+# The residual ratio below which a row tile takes the direct form (kDirectBelow in csrc/cpu/step.h).
+_DIRECT_BELOW = {torch.float32: 4e-3, torch.float64: 1e-3}
 _ABSENT = (0, 0)
 
 
@@ -68,8 +70,8 @@ class Native:
         if sparse:
             return "sparse gram (tied: one product)" if tied else "sparse gram"
         gram = "gram (tied: one product)" if tied else "gram"
-        exact = dtype in (torch.float32, torch.float64)
-        return f"{gram}, direct for row tiles with a residual ratio below 1e-3" if exact else gram
+        threshold = _DIRECT_BELOW.get(dtype)
+        return gram if threshold is None else f"{gram}, direct for row tiles with a residual ratio below {threshold:g}"
 
     def squared_error(self, input: Tensor, target: Tensor) -> Tensor:
         rows, cols, (x, t) = _collapse(input, target)

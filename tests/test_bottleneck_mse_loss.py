@@ -1,0 +1,182 @@
+"""bottleneck_mse_loss: the accuracy contract over residual ratios, dtypes, activations, shapes and strides."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from contract import ACTIVATIONS, DTYPES, RATIOS, Operands, assert_all, make_operands, results
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import byol_fast as bf
+from byol_fast import reference
+
+
+def check(operands: Operands, **options: object) -> None:
+    assert_all(bf.bottleneck_mse_loss, reference.bottleneck_mse_loss, operands, **options)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_contract_over_residual_ratios(backend: str, dtype: torch.dtype, tied: bool, ratio: float) -> None:
+    check(make_operands(dtype=dtype, tied=tied, ratio=ratio), reduction="sum")
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_contract_over_residual_ratios_with_a_target(backend: str, dtype: torch.dtype, ratio: float) -> None:
+    operands = make_operands(out_features=47, dtype=dtype, target=True, activation="tanh", ratio=ratio)
+    # A mean this small would be subnormal in half precision, and its rounding all there is to see.
+    check(operands, activation="tanh", reduction="sum")
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1e-4])
+@pytest.mark.parametrize("target", [False, True], ids=["itself", "target"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_contract_over_activations(
+    backend: str, activation: str, tied: bool, bias: bool, target: bool, ratio: float
+) -> None:
+    operands = make_operands(tied=tied, bias=bias, target=target, activation=activation, ratio=ratio)
+    check(operands, activation=activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_contract_over_activations_and_dtypes(backend: str, activation: str, dtype: torch.dtype) -> None:
+    check(make_operands(dtype=dtype, activation=activation), activation=activation, reduction="sum")
+
+
+# The last is long enough for several row tiles, threads and accumulators.
+SHAPES = [(1, 1, 1), (1, 83, 13), (2, 5, 7), (13, 3, 1), (97, 31, 37), (5, 257, 3), (1009, 29, 2), (3001, 199, 41)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_contract_over_shapes(backend: str, dtype: torch.dtype, shape: tuple[int, int, int], tied: bool) -> None:
+    check(make_operands(*shape, dtype=dtype, tied=tied))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 70),
+    in_features=st.integers(1, 70),
+    rank=st.integers(1, 40),
+    out_features=st.none() | st.integers(1, 70),
+    tied=st.booleans(),
+    bias=st.booleans(),
+)
+def test_contract_over_any_shape(
+    rows: int, in_features: int, rank: int, out_features: int | None, tied: bool, bias: bool
+) -> None:
+    out_features = in_features if tied else out_features
+    target = out_features not in (None, in_features)
+    check(make_operands(rows, in_features, rank, out_features, tied=tied, bias=bias, target=target))
+
+
+def strided(tensor: torch.Tensor, how: str) -> torch.Tensor:
+    """A tensor of the same shape with unusual strides (for "expanded" rows: other values)."""
+    if how == "row-sliced":
+        wide = torch.full((tensor.shape[0], tensor.shape[1] + 5), float("nan"), dtype=tensor.dtype)
+        wide[:, 2:-3] = tensor
+        return wide[:, 2:-3]
+    if how == "every-other-row":
+        tall = torch.full((2 * tensor.shape[0], tensor.shape[1]), float("nan"), dtype=tensor.dtype)
+        tall[::2] = tensor
+        return tall[::2]
+    if how == "transposed":
+        return tensor.t().contiguous().t()
+    return tensor[:1].expand_as(tensor)
+
+
+@pytest.mark.parametrize("how", ["row-sliced", "every-other-row", "transposed", "expanded"])
+@pytest.mark.parametrize("name", ["input", "target", "encoder_weight", "decoder_weight"])
+def test_contract_over_strides(backend: str, name: str, how: str) -> None:
+    operands = make_operands(target=True, out_features=47)
+
+    def with_strides(function):  # type: ignore[no-untyped-def]
+        # results() clones its operands, so the strides are made inside the function.
+        def call(*args: torch.Tensor, **options: torch.Tensor) -> torch.Tensor:
+            given = dict(zip(Operands.NAMES, args, strict=False)) | options
+            given[name] = strided(given[name], how)
+            return function(**given)
+
+        return call
+
+    assert_all(with_strides(bf.bottleneck_mse_loss), with_strides(reference.bottleneck_mse_loss), operands)
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 1, 3)], ids=str)
+def test_leading_dimensions(backend: str, leading: tuple[int, ...]) -> None:
+    operands = make_operands(rows=max(1, torch.Size(leading).numel()), target=True, out_features=11)
+    operands = replace(
+        operands, input=operands.input.reshape(*leading, -1), target=operands.target.reshape(*leading, -1)
+    )
+    check(operands)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_reductions(backend: str, reduction: str) -> None:
+    check(make_operands(target=True, out_features=11), reduction=reduction)
+
+
+def test_no_rows_gives_what_eager_gives(backend: str) -> None:
+    operands = make_operands(rows=0)
+    ours, eager = (results(f, operands) for f in (bf.bottleneck_mse_loss, reference.bottleneck_mse_loss))
+    for name in ours:
+        torch.testing.assert_close(ours[name], eager[name], equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_not_a_number_is_not_hidden(backend: str, activation: str, value: float) -> None:
+    operands = make_operands()
+    operands.input[3, 5] = value
+    ours, eager = (
+        results(f, operands, activation=activation) for f in (bf.bottleneck_mse_loss, reference.bottleneck_mse_loss)
+    )
+    for name in ours:
+        hidden = ~eager[name].isfinite() & ours[name].isfinite()
+        assert not hidden.any(), f"{name} is finite where eager's is not"
+
+
+def test_bit_equal_over_runs(backend: str) -> None:
+    operands = make_operands(3001, 199, 41)
+    first = results(bf.bottleneck_mse_loss, operands, activation="gelu")
+    for _ in range(5):
+        again = results(bf.bottleneck_mse_loss, operands, activation="gelu")
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_arguments_are_not_written(backend: str) -> None:
+    operands = make_operands(target=True, out_features=11)
+    before = operands.map(torch.clone)
+    results(bf.bottleneck_mse_loss, operands)
+    operands.map(lambda t: t.requires_grad_()).call(bf.bottleneck_mse_loss).backward()
+    for name, tensor in operands.present().items():
+        assert torch.equal(tensor, before.present()[name]), f"{name} was written"
+
+
+def test_a_loss_is_never_negative() -> None:
+    # The reconstruction is exact, so that the Gram form's difference of sums is rounding alone.
+    weight = torch.eye(7)
+    for dtype in DTYPES:
+        for tied in (False, True):
+            x = torch.randn(50, 7).to(dtype)
+            loss = bf.bottleneck_mse_loss(x, weight.to(dtype), None if tied else weight.to(dtype))
+            assert loss.item() >= 0
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_thread_counts(backend: str, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(make_operands(501, 97, 11))
+    finally:
+        torch.set_num_threads(before)
