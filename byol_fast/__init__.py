@@ -3,8 +3,10 @@
 from . import functional, nn
 from ._version import __version__
 from .backends import BackendError, backends, use_backend
+from .curve import YieldCurve, allocate_ranks
 from .functional import Explanation, bottleneck, bottleneck_mse_loss, explain, mse_loss
 from .nn import Bottleneck, MSELoss
+from .pca import StreamingPCA, certificate
 from .svd import truncated_svd
 
 __all__ = [
@@ -12,10 +14,14 @@ __all__ = [
     "Bottleneck",
     "Explanation",
     "MSELoss",
+    "StreamingPCA",
+    "YieldCurve",
     "__version__",
+    "allocate_ranks",
     "backends",
     "bottleneck",
     "bottleneck_mse_loss",
+    "certificate",
     "explain",
     "functional",
     "mse_loss",

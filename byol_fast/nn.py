@@ -263,7 +263,7 @@ class Bottleneck(nn.Module):
             device=weight.device,
             dtype=weight.dtype,
         )
-        return layer.train(linear.training)._assign(encoder, decoder, None, bias)
+        return layer.train(linear.training).assign_(encoder, decoder, None, bias)
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
@@ -272,8 +272,7 @@ class Bottleneck(nn.Module):
         Raises:
             ValueError: the activation is not the identity.
         """
-        self._check_linear("to_linear")
-        encoder, encoder_bias, decoder, decoder_bias = self._in_float64()
+        encoder, encoder_bias, decoder, decoder_bias = self.factors("to_linear")
         weight = decoder @ encoder
         if self.residual:
             weight.diagonal().add_(1)
@@ -306,8 +305,7 @@ class Bottleneck(nn.Module):
         Raises:
             ValueError: the activation is not the identity, or the shape of ``covariance`` or ``mean`` does not fit.
         """
-        self._check_linear("canonicalize")
-        encoder, encoder_bias, decoder, decoder_bias = self._in_float64()
+        encoder, encoder_bias, decoder, decoder_bias = self.factors("canonicalize")
         covariance = _checked_covariance(covariance, self.encoder.weight)
         center = torch.zeros_like(encoder[0]) if mean is None else _checked_mean(mean, self.encoder.weight)
         if self.tied:
@@ -317,7 +315,7 @@ class Bottleneck(nn.Module):
             new_encoder, new_decoder = _canonical_factors(encoder, decoder, covariance)
         # The mean of the code moves into the decoder's bias, so that cutting a unit does not shift the output.
         new_bias = decoder_bias + decoder @ (encoder @ center + encoder_bias)
-        return self._resized(self.rank)._assign(new_encoder, new_decoder, -new_encoder @ center, new_bias)
+        return self._resized(self.rank).assign_(new_encoder, new_decoder, -new_encoder @ center, new_bias)
 
     @torch.no_grad()
     def truncate(self, rank: int) -> Bottleneck:
@@ -332,7 +330,18 @@ class Bottleneck(nn.Module):
         """
         rank = checked_rank(rank, self.rank, "the layer's rank")
         encoder, encoder_bias, decoder, decoder_bias = self._in_float64()
-        return self._resized(rank)._assign(encoder[:rank], decoder[:, :rank], encoder_bias[:rank], decoder_bias)
+        return self._resized(rank).assign_(encoder[:rank], decoder[:, :rank], encoder_bias[:rank], decoder_bias)
+
+    @torch.no_grad()
+    def factors(self, purpose: str = "factors") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The two linear maps in float64: encoder weight and bias, decoder weight and bias; no bias is zeros.
+
+        Raises:
+            ValueError: the activation is not the identity; the message says for what ``purpose`` it has to be.
+        """
+        if self.activation != "identity":
+            raise ValueError(f"{purpose}: expected a layer with activation identity, got {self.activation}")
+        return self._in_float64()
 
     def _in_float64(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight and bias of the encoder and of the decoder; zeros where there is no bias."""
@@ -343,10 +352,11 @@ class Bottleneck(nn.Module):
         ]
         return encoder, biases[0], decoder, biases[1]
 
-    def _assign(
+    @torch.no_grad()
+    def assign_(
         self, encoder: Tensor, decoder: Tensor, encoder_bias: Tensor | None, decoder_bias: Tensor | None
     ) -> Bottleneck:
-        """Copy the values into the parameters this layer has."""
+        """Copy these weights and biases into the parameters this layer has; None leaves a bias as it is."""
         self.encoder.weight.copy_(encoder)
         if not self.tied:
             self.decoder.weight.copy_(decoder)
@@ -368,10 +378,6 @@ class Bottleneck(nn.Module):
             device=self.encoder.weight.device,
             dtype=self.encoder.weight.dtype,
         ).train(self.training)
-
-    def _check_linear(self, method: str) -> None:
-        if self.activation != "identity":
-            raise ValueError(f"{method}: expected a layer with activation identity, got {self.activation}")
 
 
 def _is_hooked(module: nn.Module) -> bool:

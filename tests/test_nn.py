@@ -167,8 +167,7 @@ def test_tied_and_untied_checkpoints():
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_layer_built_on_meta_loads(tied, assign):
     layer = make(8, 3, tied=tied)
-    with torch.device("meta"):
-        empty = bf.Bottleneck(8, 3, tied=tied)
+    empty = bf.Bottleneck(8, 3, tied=tied, device="meta")
     assert empty(torch.empty(2, 8, device="meta")).shape == (2, 8)
     if not assign:
         empty.to_empty(device="cpu")

@@ -1,0 +1,231 @@
+"""Second moments of rows, added up block by block: what every kind of PCA here is computed from.
+
+The quantity is the scatter ``S = Σ (x − mean)(x − mean)ᵀ``, or its image ``S Ω`` under a test matrix Ω of a few columns
+where S itself would be too large. Both are linear in S, so one code updates both::
+
+    blocks a, b with means μ and counts n:    S = S_a + S_b + n_a n_b / (n_a + n_b) · δ δᵀ,    δ = μ_b − μ_a
+
+(Chan, Golub and LeVeque, Computing 28, 1982.) Each block is shifted by its own mean before it is multiplied, so large
+means cost no digits; products are made in the dtype of the rows, sums of blocks in float64.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+__all__ = ["Moments", "Scatter", "Sketch", "Spectrum"]
+
+_Self = TypeVar("_Self", bound="Moments")
+# Columns of the panels that make up the triangle of a product: narrower saves work, wider saves overhead.
+_PANEL = 128
+
+
+class Spectrum(NamedTuple):
+    """Eigenvalues of a scatter ``[r]``, descending and ≥ 0, its axes ``[D, r]``, and the sum of all D eigenvalues."""
+
+    values: Tensor
+    axes: Tensor
+    total: float
+
+
+class Moments(ABC):
+    """Count, mean ``[D]``, and image of the scatter ``[D, l]``, in float64."""
+
+    def __init__(self, features: int, width: int, device: torch.device) -> None:
+        self.count = 0
+        self.mean = torch.zeros(features, dtype=torch.float64, device=device)
+        self.image = torch.zeros(features, width, dtype=torch.float64, device=device)
+        # Machine epsilon of the coarsest rows so far, which bounds what can be told from zero.
+        self.resolution = torch.finfo(torch.float64).eps
+
+    @abstractmethod
+    def empty(self: _Self) -> _Self:
+        """Moments of the same kind, of no rows."""
+
+    @abstractmethod
+    def sums(self) -> tuple[Tensor, ...]:
+        """What adds up where moments about one mean are added."""
+
+    @abstractmethod
+    def _add_product(self, rows: Tensor) -> None:
+        """Add ``rowsᵀ rows``, made in the dtype of the rows."""
+
+    @abstractmethod
+    def _add_sparse_product(self, rows: Tensor) -> None:
+        """Add ``rowsᵀ rows`` of a CSR matrix in float64."""
+
+    @abstractmethod
+    def _add_outer(self, vector: Tensor, weight: float) -> None:
+        """Add ``weight · vector vectorᵀ``."""
+
+    @abstractmethod
+    def _eigen(self) -> Spectrum:
+        """The spectrum, not yet cleared of what rounding adds."""
+
+    def add_(self, rows: Tensor) -> None:
+        """Add a block of dense rows, which is overwritten."""
+        shift = rows.mean(dim=0)
+        rows.sub_(shift)
+        # Rounding leaves a little mean, which is taken out again.
+        rest = rows.mean(dim=0).double()
+        self._add_product(rows)
+        self._add_outer(rest, -len(rows))
+        self._count(len(rows), shift.double() + rest)
+        self.resolution = max(self.resolution, torch.finfo(rows.dtype).eps)
+
+    def add_sparse_(self, rows: Tensor) -> None:
+        """Add a block of CSR rows. In float64 throughout, because zeros cannot be shifted by a mean."""
+        rows = rows.double()
+        mean = torch.zeros_like(self.mean).index_add_(0, rows.col_indices(), rows.values()) / rows.shape[0]
+        self._add_sparse_product(rows)
+        self._add_outer(mean, -rows.shape[0])
+        self._count(rows.shape[0], mean)
+
+    def merge_(self: _Self, other: _Self) -> None:
+        """Add the rows that ``other`` has seen."""
+        if other.count == 0:
+            return
+        for mine, theirs in zip(self.sums(), other.sums(), strict=True):
+            mine.add_(theirs.to(mine.device))
+        self._count(other.count, other.mean.to(self.mean.device))
+        self.resolution = max(self.resolution, other.resolution)
+
+    def _count(self, count: int, mean: Tensor) -> None:
+        """Count rows with this mean, whose scatter about it has been added."""
+        total = self.count + count
+        difference = mean - self.mean
+        self._add_outer(difference, self.count * count / total)
+        self.mean += difference * (count / total)
+        self.count = total
+
+    def all_reduce_(self, group: Any = None) -> None:
+        """Add up the moments of all processes, in each of them."""
+        count = torch.tensor([self.count], dtype=torch.int64, device=self.mean.device)
+        resolution = torch.tensor([self.resolution], dtype=torch.float64, device=self.mean.device)
+        mean = self.mean * self.count
+        distributed.all_reduce(count, group=group)
+        distributed.all_reduce(resolution, op=distributed.ReduceOp.MAX, group=group)
+        distributed.all_reduce(mean, group=group)
+        mean /= count.clamp(min=1)
+        # About the common mean, the scatters simply add up.
+        self._add_outer(self.mean - mean, self.count)
+        for tensor in self.sums():
+            distributed.all_reduce(tensor, group=group)
+        self.count, self.mean, self.resolution = int(count), mean, float(resolution)
+
+    def copy(self: _Self) -> _Self:
+        other = self.empty()
+        other.merge_(self)
+        return other
+
+    def spectrum(self, centered: bool = True) -> Spectrum:
+        """Eigenvalues and axes of the scatter, or, not centred, of ``Σ x xᵀ``."""
+        moments, freedom = self, self.count - 1
+        if not centered:
+            moments, freedom = self.copy(), self.count
+            moments._add_outer(self.mean, self.count)
+        values, axes, total = moments._eigen()
+        values = values.clamp(min=0)
+        # n rows span n directions at most, n − 1 about their mean; what exceeds that is rounding.
+        values[freedom:] = 0
+        return Spectrum(values, axes, total)
+
+    def state(self) -> dict[str, Any]:
+        """Everything seen so far, in tensors and numbers."""
+        sums = {f"sum{index}": tensor.clone() for index, tensor in enumerate(self.sums())}
+        return {"count": self.count, "mean": self.mean.clone(), "resolution": self.resolution, **sums}
+
+    def load_state_(self, state: dict[str, Any]) -> None:
+        """Continue from a :meth:`state`."""
+        self.count, self.resolution = state["count"], state["resolution"]
+        self.mean.copy_(state["mean"])
+        for index, tensor in enumerate(self.sums()):
+            tensor.copy_(state[f"sum{index}"])
+
+
+class Scatter(Moments):
+    """The whole scatter ``[D, D]``: exact, all ranks at once."""
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        super().__init__(features, features, device)
+        self._product = torch.empty(0, device=device)
+
+    def empty(self) -> Scatter:
+        return Scatter(len(self.mean), self.mean.device)
+
+    def sums(self) -> tuple[Tensor, ...]:
+        return (self.image,)
+
+    def matrix(self) -> Tensor:
+        """The scatter; of ``image``, only the upper triangle is kept up to date."""
+        return self.image.triu() + self.image.triu(1).T
+
+    def _add_product(self, rows: Tensor) -> None:
+        # Panels of the upper triangle take little more than half the work of the full product.
+        features = rows.shape[1]
+        if self._product.dtype != rows.dtype or self._product.numel() == 0:
+            self._product = torch.zeros(features, features, dtype=rows.dtype, device=rows.device)
+        for start in range(0, features, _PANEL):
+            stop = start + _PANEL
+            torch.mm(rows[:, :stop].T, rows[:, start:stop], out=self._product[:stop, start:stop])
+        self.image += self._product
+
+    def _add_sparse_product(self, rows: Tensor) -> None:
+        self.image += torch.sparse.mm(rows.t().to_sparse_csr(), rows).to_dense()
+
+    def _add_outer(self, vector: Tensor, weight: float) -> None:
+        self.image.addr_(vector, vector, alpha=weight)
+
+    def _eigen(self) -> Spectrum:
+        values, axes = torch.linalg.eigh(self.matrix())
+        return Spectrum(values.flip(0), axes.flip(1), float(self.image.trace()))
+
+
+class Sketch(Moments):
+    """The image of the scatter under a few directions, from which its leading part follows by Nyström's formula.
+
+    With Y = S Ω, ``S ≈ Y (Ωᵀ Y)⁻¹ Yᵀ``, which never exceeds S. (Tropp, Yurtsever, Udell and Cevher, NeurIPS 2017,
+    algorithm 3, with its shift against rounding.)
+    """
+
+    def __init__(self, test: Tensor) -> None:
+        super().__init__(test.shape[0], test.shape[1], test.device)
+        self.test = test
+        self.energy = torch.zeros((), dtype=torch.float64, device=test.device)
+
+    @classmethod
+    def random(cls, features: int, width: int, seed: int, device: torch.device) -> Sketch:
+        """Start from random orthonormal directions, the same on every machine."""
+        generator = torch.Generator().manual_seed(seed)
+        test = torch.randn(features, width, generator=generator, dtype=torch.float64)
+        return cls(torch.linalg.qr(test)[0].to(device))
+
+    def empty(self) -> Sketch:
+        return Sketch(self.test)
+
+    def sums(self) -> tuple[Tensor, ...]:
+        return self.image, self.energy
+
+    def _add_product(self, rows: Tensor) -> None:
+        self.image += rows.T @ (rows @ self.test.to(rows.dtype))
+        self.energy += torch.linalg.vector_norm(rows, dim=0).double().square().sum()
+
+    def _add_sparse_product(self, rows: Tensor) -> None:
+        self.image += rows.t() @ (rows @ self.test)
+        self.energy += rows.values().square().sum()
+
+    def _add_outer(self, vector: Tensor, weight: float) -> None:
+        self.image.addr_(vector, self.test.T @ vector, alpha=weight)
+        self.energy += weight * vector.square().sum()
+
+    def _eigen(self) -> Spectrum:
+        shift = self.resolution * torch.linalg.matrix_norm(self.image).clamp(min=torch.finfo(torch.float64).tiny)
+        image = self.image + shift * self.test
+        core = self.test.T @ image
+        values, axes = torch.linalg.eigh((core + core.T) / 2)
+        left, singular, _ = torch.linalg.svd((image @ axes) * values.maximum(shift).rsqrt(), full_matrices=False)
+        return Spectrum(singular.square() - shift, left, float(self.energy))
