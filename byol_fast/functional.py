@@ -143,8 +143,7 @@ def bottleneck_mse_loss(
     tensors = _check_bottleneck(
         input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation, target, sparse=True
     )
-    if _is_sparse(input):
-        _check_sparse(tensors, reduction)
+    _check_target(tensors, reduction)
     if reduction == "none":
         output = bottleneck(*tensors.operands(), activation=activation)
         return mse_loss(output, input if target is None else target, "none")
@@ -157,8 +156,7 @@ def bottleneck_mse_loss(
     tensors = tensors.cast()
     weights = tensors.operands()[1:]
     if _is_sparse(tensors.input):
-        row_starts, columns, values = _csr(tensors.input)
-        total = autograd.sparse_bottleneck_squared_error(row_starts, columns, values, *weights, activation, backend)
+        total = _sparse_squared_error(tensors.input, weights, activation, backend)
     else:
         goal = None if tensors.target is None else _matrix(tensors.target)
         total = autograd.bottleneck_squared_error(_matrix(tensors.input), goal, *weights, activation, backend)
@@ -192,8 +190,7 @@ def explain(
     tensors = _check_bottleneck(
         input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation, target, sparse=True
     )
-    if _is_sparse(input):
-        _check_sparse(tensors, "mean")
+    _check_target(tensors, "mean")
     if _is_empty(tensors.present()):
         return Explanation("reference", "direct", "an empty tensor leaves nothing to accelerate")
     choice = choose(tensors.present())
@@ -260,10 +257,14 @@ def _is_sparse(tensor: Tensor) -> bool:
     return tensor.layout in _SPARSE
 
 
-def _csr(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row starts, columns and values."""
+# The compiler cannot trace into sparse tensors.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _sparse_squared_error(
+    matrix: Tensor, weights: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None], activation: str, backend: str
+) -> Tensor:
     csr = matrix.to_sparse_csr() if matrix.layout == torch.sparse_coo else matrix
-    return csr.crow_indices().long(), csr.col_indices().long(), csr.values()
+    row_starts, columns, values = csr.crow_indices().long(), csr.col_indices().long(), csr.values()
+    return autograd.sparse_bottleneck_squared_error(row_starts, columns, values, *weights, activation, backend)
 
 
 def _matrix(tensor: Tensor) -> Tensor:
@@ -311,11 +312,23 @@ def _check_bottleneck(
         _check_shape("encoder_bias", encoder_bias, ("rank",), (rank,))
     if decoder_bias is not None:
         _check_shape("decoder_bias", decoder_bias, ("out_features",), (out_features,))
-    goal, goal_name = (input, "input, which is the target,") if target is None else (target, "target")
-    expected = (*input.shape[:-1], out_features)
-    if target is not None and target.shape != expected:
-        raise ValueError(f"{goal_name}: expected shape [..., out_features] = {list(expected)}, got {_shape(goal)}")
     return _Bottleneck(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, target)
+
+
+def _check_target(tensors: _Bottleneck, reduction: str) -> None:
+    """The target of a loss: of the output's shape, or the input itself."""
+    if _is_sparse(tensors.input):
+        _check_sparse(tensors, reduction)
+        return
+    expected = [*tensors.input.shape[:-1], tensors.out_features]
+    if tensors.target is None:
+        if tensors.out_features != tensors.in_features:
+            raise ValueError(
+                f"target: expected shape [..., out_features] = {expected}, for out_features differs from in_features = "
+                f"{tensors.in_features}, got None"
+            )
+    elif list(tensors.target.shape) != expected:
+        raise ValueError(f"target: expected shape [..., out_features] = {expected}, got {_shape(tensors.target)}")
 
 
 def _check_sparse(tensors: _Bottleneck, reduction: str) -> None:

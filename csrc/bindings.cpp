@@ -108,7 +108,7 @@ double step(int dtype, int activation, int threads, const Sizes& sizes, const Py
   return kernels.step(args);
 }
 
-double sparse_step(int dtype, int activation, int threads, const Sizes& sizes, Address row_starts, Address columns,
+std::pair<double, double> sparse_step(int dtype, int activation, int threads, const Sizes& sizes, Address row_starts, Address columns,
                    Address values, const PyMatrix& encoder_weight, const PyMatrix& decoder_weight, Address encoder_bias,
                    Address decoder_bias, const std::array<Address, 4>& d_weights) {
   byol::SparseArgs args{};
@@ -120,7 +120,8 @@ double sparse_step(int dtype, int activation, int threads, const Sizes& sizes, A
   args.d_encoder_bias = at(d_weights[2]), args.d_decoder_bias = at(d_weights[3]);
   const byol::KernelTable& kernels = byol::kernels();
   py::gil_scoped_release unlocked;
-  return kernels.sparse_step(args);
+  const byol::SparseSums sums = kernels.sparse_step(args);
+  return {sums.squared_error, sums.energy};
 }
 
 void step_input_gradients(int dtype, int threads, const Sizes& sizes, const PyMatrix& input,

@@ -18,6 +18,8 @@ _ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, 
 _FORMS = {"auto": 0, "gram": 1, "direct": 2}
 # The residual ratio below which a row tile takes the direct form (kDirectBelow in csrc/cpu/step.h).
 _DIRECT_BELOW = {torch.float32: 4e-3, torch.float64: 1e-3}
+# Rows of a sparse input that are made dense at a time, when they have to be.
+_DENSE_ROWS = 256
 _ABSENT = (0, 0)
 
 
@@ -68,7 +70,13 @@ class Native:
 
     def form(self, dtype: torch.dtype, tied: bool, sparse: bool) -> str:
         if sparse:
-            return "sparse gram (tied: one product)" if tied else "sparse gram"
+            gram = "sparse gram (tied: one product)" if tied else "sparse gram"
+            threshold = _DIRECT_BELOW.get(dtype)
+            return (
+                gram
+                if threshold is None
+                else f"{gram}, direct on blocks of rows for a residual ratio below {threshold:g}"
+            )
         gram = "gram (tied: one product)" if tied else "gram"
         threshold = _DIRECT_BELOW.get(dtype)
         return gram if threshold is None else f"{gram}, direct for row tiles with a residual ratio below {threshold:g}"
@@ -220,7 +228,7 @@ class Native:
         rank, in_features = encoder_weight.shape
         sizes = (row_starts.numel() - 1, in_features, in_features, rank)
         d_weights = _weight_gradients(values, sizes, needs)
-        total = _native.sparse_step(
+        total, energy = _native.sparse_step(
             _DTYPES[values.dtype],
             _ACTIVATIONS[activation],
             torch.get_num_threads(),
@@ -234,7 +242,31 @@ class Native:
             _address(decoder_bias),
             [_address(gradient) for gradient in d_weights],
         )
+        if total < _DIRECT_BELOW.get(values.dtype, 0.0) * energy:
+            weights = (encoder_weight, decoder_weight, encoder_bias, decoder_bias)
+            return self._dense_step((row_starts, columns, values), weights, activation, needs)
         return [torch.tensor(total, dtype=accumulation_dtype(values.dtype)).clamp_(min=0), *d_weights]
+
+    def _dense_step(
+        self,
+        csr: tuple[Tensor, Tensor, Tensor],
+        weights: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+        activation: str,
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """The step of a sparse input whose residual is so small that the Gram form cancels: blocks of dense rows."""
+        row_starts, columns, values = csr
+        in_features = weights[0].shape[1]
+        sums: list[Tensor | None] = []
+        for first in range(0, row_starts.numel() - 1, _DENSE_ROWS):
+            starts = row_starts[first : first + _DENSE_ROWS + 1]
+            stored = slice(int(starts[0]), int(starts[-1]))
+            rows = torch.repeat_interleave(torch.arange(starts.numel() - 1), starts.diff())
+            block = values.new_zeros(starts.numel() - 1, in_features)
+            block.index_put_((rows, columns[stored]), values[stored], accumulate=True)
+            parts = self.step(block, None, *weights, activation, needs, False)[:5]
+            sums = [part if not sums or part is None else sums[i] + part for i, part in enumerate(parts)]  # type: ignore[operator]
+        return sums
 
     def step_input_gradients(
         self,

@@ -76,7 +76,12 @@ struct InputGradientArgs : LayerArgs {
   void *d_input, *d_target;  // contiguous, input's type, or null
 };
 
-// One instruction set's kernels. squared_error and the steps return the sum of squares.
+// Σ R², and the Σ A² it is a share of.
+struct SparseSums {
+  double squared_error, energy;
+};
+
+// One instruction set's kernels. squared_error and step return the sum of squares.
 struct KernelTable {
   const char* name;
   double (*squared_error)(const SquaredErrorArgs&);
@@ -84,7 +89,7 @@ struct KernelTable {
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);
   double (*step)(const StepArgs&);
-  double (*sparse_step)(const SparseArgs&);
+  SparseSums (*sparse_step)(const SparseArgs&);
   void (*step_input_gradients)(const InputGradientArgs&);
 };
 

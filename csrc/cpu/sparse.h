@@ -3,8 +3,9 @@
 //   Q = X Wd − bd Wd,  E = Z G − Q,  Σ R² = Σ A² + Σ Z ⊙ (E − Q),  Σ A² = Σ stored ((x − bd)² − bd²) + N ‖bd‖²
 //   dWe = dUᵀ X,  dWd = Wd (ZᵀZ) − XᵀZ + bd (Σz)ᵀ,  dbe = Σ dU,  dbd = Wd Σz + N bd − Σ x
 //
-// Rows first: each gathers the rows of [Weᵀ, Wd] at its stored columns. There is no residual to fall back upon when the
-// Gram form cancels, so U, Q, E and the loss are formed in double; the memory traffic, which decides, is the same.
+// Rows first: each gathers the rows of [Weᵀ, Wd] at its stored columns. U, Q, E and the loss are formed in double; the
+// memory traffic, which decides, is the same. The caller turns to the direct form on dense rows when Σ R² is so small a
+// share of Σ A² that even this cancels.
 // Columns second: a copy of X by columns gathers the rows of V = [Z, dU] (tied: dU − Z), so every sum has one owner.
 #pragma once
 
@@ -63,15 +64,18 @@ class SparseStep {
         width(round_up(tied ? K : 2 * K, kGatherCols<S>)),
         code_stride(round_up(K, kCols<double>)) {}
 
-  double run() {
+  SparseSums run() {
     prepare();
     const bool wants_columns = args.d_encoder_weight || wants_code || args.d_decoder_bias;
     if (wants_columns) values.allocate_zeros(args.rows * width);
     Worker* workers = new Worker[threads];
-    double total = 0;
+    SparseSums sums{};
     try {
       parallel_for(threads, [&](int thread) { run_rows(workers[thread], thread); });
-      for (int i = 0; i < threads; ++i) total += workers[i].total;
+      for (int i = 0; i < threads; ++i) {
+        sums.squared_error += workers[i].energy + workers[i].cross;
+        sums.energy += workers[i].energy;
+      }
       merge(workers);
       if (wants_columns) {
         transpose();
@@ -82,12 +86,12 @@ class SparseStep {
       throw;
     }
     delete[] workers;
-    return total;
+    return sums;
   }
 
  private:
   struct Worker {
-    double total = 0;
+    double energy = 0, cross = 0;                       // Σ A², Σ Z ⊙ (E − Q)
     Buffer<double> code_products, code_sum, slope_sum;  // ZᵀZ, Σz, Σ dU
   };
 
@@ -160,15 +164,13 @@ class SparseStep {
     const int64_t last = share(args.rows, thread + 1, threads);
     for (int64_t first = share(args.rows, thread, threads); first < last; first += kRows) {
       const int64_t rows = min(kRows, last - first);
-      double energy = 0;
       for (int64_t r = 0; r < rows; ++r)
-        energy += encode(first + r, product + r * width, code + r * code_stride, slope + r * code_stride, entries);
+        w.energy += encode(first + r, product + r * width, code + r * code_stride, slope + r * code_stride, entries);
       const View<double> codes{code, code_stride, 1, rows, K};
       const Blocks<double> blocks = pack_blocks(codes, block_data);
       multiply(blocks, gram, error, code_stride);
-      w.total += energy;
       for (int64_t r = 0; r < rows; ++r)
-        w.total += finish_row(w, first + r, product + r * width, code + r * code_stride, slope + r * code_stride,
+        w.cross += finish_row(w, first + r, product + r * width, code + r * code_stride, slope + r * code_stride,
                               error + r * code_stride);
       if (!wants_code) continue;
       const Panels<double> panels = Panels<double>::over(panel_data, rows, K);

@@ -448,7 +448,7 @@ void fuzz_sparse(Case& c) {
   args.input = {};
   args.row_starts = starts.as<int64_t>(), args.columns = column_memory.as<int64_t>(), args.values = value_memory.as<void>();
   weights.set(args);
-  expect_sum(kernels().sparse_step(args), sum, c.tolerance, "sparse_step");
+  expect_sum(kernels().sparse_step(args).squared_error, sum, c.tolerance, "sparse_step");
   weights.expect(truth, c.tolerance);
 }
 
