@@ -346,9 +346,12 @@ class StreamingPCA:
         # Subtracting the rounded mean first is exact where means are large; the rest follows in the code.
         shift = torch.zeros_like(self.mean_) if rows.sparse else self.mean_.to(rows.dtype).double()
         rest = (self.mean_ - shift) @ axes
-        block = rows.block(0, rows.shape[0]).to(self.device, rows.dtype)
-        centered = block if rows.sparse else block - shift.to(rows.dtype)
-        return centered @ axes.to(rows.dtype) - rest.to(rows.dtype)
+        shift, axes, rest = (tensor.to(rows.dtype) for tensor in (shift, axes, rest))
+        code = torch.empty(rows.shape[0], axes.shape[1], dtype=rows.dtype, device=self.device)
+        for start, block in rows.blocks(self._block_rows):
+            block = block.to(self.device, rows.dtype)
+            code[start : start + block.shape[0]] = (block if rows.sparse else block - shift) @ axes - rest
+        return code
 
     def inverse_transform(self, code: Tensor) -> Tensor:
         """The rows of these codes, ``[rows, n_features]``, in the precision of the codes."""

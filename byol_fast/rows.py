@@ -64,6 +64,16 @@ class RowMatrix:
             return 1.0
         return float(self.source._nnz()) / (self.shape[0] * self.shape[1])
 
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.source.device if isinstance(self.source, Tensor) else torch.device("cpu")
+
+    def transposed(self) -> RowMatrix:
+        """The same numbers with columns for rows."""
+        source = self.source.t().to_sparse_csr() if self.sparse else self.source.T
+        return RowMatrix(source, self.shape[::-1], self.dtype, self.sparse)
+
     def block(self, start: int, stop: int) -> Tensor:
         """These rows, dense or CSR as they are; a dense block is a view where it can be, in whatever dtype it has."""
         if self.sparse:

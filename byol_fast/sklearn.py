@@ -5,7 +5,6 @@ It needs scikit-learn: ``pip install 'byol_fast[sklearn]'``.
 
 from __future__ import annotations
 
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -82,9 +81,9 @@ class BottleneckPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         limit: int = min(self.n_samples_seen_, self.n_features_in_)
         if wanted is None:
             return limit
-        if isinstance(wanted, Integral) and 1 <= wanted <= limit:
+        if isinstance(wanted, int | np.integer) and 1 <= wanted <= limit:
             return int(wanted)
-        if isinstance(wanted, Real) and 0 < wanted < 1:
+        if isinstance(wanted, float | np.floating) and 0 < wanted < 1:
             return min(self.curve_.rank_for(energy=float(wanted)), limit)
         raise ValueError(
             f"n_components: expected None, a number in (0, 1) or an integer from 1 to "

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from sklearn.datasets import load_digits
 
 import byol_fast as bf
+from byol_fast.svd import choose_method
 
 METHODS = ("exact", "covariance", "randomized")
 
@@ -103,9 +105,13 @@ def test_strided_input_is_not_written(digits):
         ((torch.zeros(4, 3), 4), ValueError, r"rank: expected 1 ≤ rank ≤ min\(m, n\) = 3, got 4"),
         ((torch.zeros(4, 3), 1.5), TypeError, r"rank: expected an integer, got float"),
         ((torch.zeros(4, 3), 1, "fast"), ValueError, r"method: expected one of auto, exact, .*, got 'fast'"),
-        ((torch.zeros(4), 1), ValueError, r"matrix: expected shape \[m, n\] with m, n ≥ 1, got \[4\]"),
+        ((torch.zeros(4), 1), ValueError, r"matrix: expected two dimensions \[rows, columns\], got shape \[4\]"),
         ((torch.zeros(0, 3), 1), ValueError, r"matrix: expected shape \[m, n\] with m, n ≥ 1, got \[0, 3\]"),
-        ((torch.zeros(4, 3, dtype=torch.complex64), 1), TypeError, r"matrix: expected .*, got torch.complex64"),
+        (
+            (torch.zeros(4, 3, dtype=torch.complex64), 1),
+            TypeError,
+            r"matrix: expected real numbers, got torch.complex64",
+        ),
         (("matrix", 1), TypeError, r"matrix: expected .*, got str"),
     ],
 )
@@ -121,3 +127,49 @@ def test_the_first_row_that_is_not_finite_is_named(bad):
     matrix[4, 1] = matrix[2, 2] = bad
     with pytest.raises(ValueError, match="matrix: expected finite numbers, got NaN or Inf in row 2"):
         bf.truncated_svd(matrix, 1)
+
+
+# ------------------------------------------------------------------------------------------ sparse, and out of memory
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", ["scipy", "torch", "coo", "numpy", "memory-mapped"])
+@pytest.mark.parametrize("method", METHODS)
+def test_other_kinds_of_matrices_give_the_same(digits, tmp_path, monkeypatch, method, kind, transposed):
+    monkeypatch.setattr("byol_fast.svd._BLOCK_BYTES", 20_000)
+    matrix = digits.T.contiguous() if transposed else digits
+    np.save(tmp_path / "matrix.npy", matrix.numpy())
+    source = {
+        "scipy": scipy.sparse.csr_matrix(matrix.numpy()),
+        "torch": matrix.to_sparse_csr(),
+        "coo": matrix.to_sparse_coo(),
+        "numpy": matrix.numpy(),
+        "memory-mapped": np.load(tmp_path / "matrix.npy", mmap_mode="r"),
+    }[kind]
+    ours, dense = bf.truncated_svd(source, 6, method=method), bf.truncated_svd(matrix, 6, method=method)
+    for a, b in zip(ours, dense, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_error_is_that_of_the_product(digits, method):
+    left, values, right = factors = bf.truncated_svd(digits, 12, method=method)
+    assert factors.error == pytest.approx(float((digits - (left * values) @ right).norm() / digits.norm()), rel=1e-9)
+    assert factors.method == method
+    assert bf.truncated_svd(digits, 64).error < 1e-7
+    assert bf.truncated_svd(torch.zeros(3, 2), 1).error == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "method"),
+    [
+        ((2000, 1500, 100, torch.float32), "randomized"),
+        ((2000, 1500, 200, torch.float32), "covariance"),
+        ((9000, 5000, 2000, torch.float64), "randomized"),
+        ((2000, 100, 10, torch.float32), "covariance"),
+        ((2000, 100, 10, torch.float64), "exact"),
+        ((10**7, 100, 10, torch.float64), "covariance"),
+    ],
+)
+def test_auto_chooses_by_size(arguments, method):
+    assert choose_method(*arguments) == method
