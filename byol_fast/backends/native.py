@@ -55,9 +55,9 @@ class Native:
     def unavailable(self) -> str | None:
         return _reason
 
-    def info(self) -> dict[str, object]:
+    def info(self) -> dict[str, Any]:
         """Instruction set in use, those this processor could run, thread pool, compiler."""
-        result: dict[str, object] = _native.info()
+        result: dict[str, Any] = _native.info()
         return result
 
     def refuses(self, tensors: Sequence[Tensor]) -> str | None:
