@@ -1,0 +1,61 @@
+"""The machine: what it is, and the most it can do."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+import byol_fast as bf
+
+
+@functools.cache
+def describe() -> dict[str, object]:
+    """Device, versions, threads, instruction set and measured peaks; no names of hosts or users."""
+    return {
+        "device": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": _instruction_set(),
+        "pytorch_instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "byol_fast": bf.__version__,
+        "peak": peaks(),
+    }
+
+
+def peaks() -> dict[str, float]:
+    """Operations a second by dtype, a multiply-add being two; for ``copy``, bytes read and written a second."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "peak"
+        compiler = os.environ.get("CXX", "c++").split()
+        source = str(Path(__file__).with_name("peak.cpp"))
+        flags = ["-std=c++17", "-O3", "-march=native", "-pthread"]
+        subprocess.run([*compiler, *flags, source, "-o", str(program)], check=True)
+        done = subprocess.run([str(program), str(torch.get_num_threads())], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def _instruction_set() -> str:
+    try:
+        from byol_fast import _native
+    except ImportError:
+        return "none: the package was built without its native core"
+    return _native.info()["instruction_set"]
