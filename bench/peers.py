@@ -47,21 +47,26 @@ def chunked(
     decoder = encoder_weight.t() if decoder_weight is None else decoder_weight
     d_encoder, d_decoder, d_encoder_bias, d_decoder_bias, total = (
         torch.zeros(shape, dtype=torch.float32)
-        for shape in (encoder_weight.shape, decoder.shape, encoder_bias.shape, decoder_bias.shape, ())
+        for shape in (encoder_weight.shape, decoder.t().shape, encoder_bias.shape, decoder_bias.shape, ())
     )
-    for x in input.split(_chunk_rows(input)):
+    # About 2²⁰ elements to a chunk: the fastest size, or near it, at all measured shapes.
+    chunks = input.split(max(64, 2**20 // input.shape[1]))
+    buffer = torch.empty_like(chunks[0])
+    for x in chunks:
         code = F.linear(x, encoder_weight, encoder_bias)
-        residual = F.linear(code, decoder, decoder_bias).sub_(x)
-        total += torch.linalg.vector_norm(residual, dtype=torch.float32).square()
+        residual = torch.addmm(decoder_bias, code, decoder.t(), out=buffer[: x.shape[0]]).sub_(x)
+        total += _squared_norm(residual)
         if gradients:
             d_code = residual @ decoder
             _add_product(d_encoder, d_code.t(), x)
-            _add_product(d_decoder, residual.t(), code)
+            # Transposed, for PyTorch is faster at few rows than at few columns.
+            _add_product(d_decoder, code.t(), residual)
             d_encoder_bias += d_code.sum(0)
             d_decoder_bias += residual.sum(0)
     if not gradients:
         return [(total / input.numel()).to(input.dtype)]
-    return _finish(input, total, d_encoder, d_decoder, d_encoder_bias, d_decoder_bias, tied=decoder_weight is None)
+    d_weights = [d_encoder + d_decoder] if decoder_weight is None else [d_encoder, d_decoder.t()]
+    return _finish(input, total, *d_weights, d_encoder_bias, d_decoder_bias)
 
 
 def gram(
@@ -97,19 +102,14 @@ def gram(
     if not gradients:
         return [(total / input.numel()).to(input.dtype)]
     code_sum = code.sum(0)
-    d_decoder = wd @ (code.t() @ code) + torch.outer(bd, code_sum)
+    d_decoder = torch.addmm(torch.outer(code_sum, bd), code.t() @ code, wd.t())
     if tied:
-        d_encoder = _transposed_product(input, d_code - code).t() + d_decoder.t()
+        d_weights = [d_decoder + _times_input((d_code - code).t(), input)]
     else:
-        products = _transposed_product(input, torch.cat([d_code, code], 1))
-        d_encoder, d_decoder = products[:, :rank].t(), d_decoder - products[:, rank:]
+        products = _times_input(torch.cat([d_code, code], 1).t(), input)
+        d_weights = [products[:rank], (d_decoder - products[rank:]).t()]
     d_decoder_bias = wd @ code_sum + rows * bd - column_sums
-    return _finish(input, total, d_encoder, None if tied else d_decoder, d_code.sum(0), d_decoder_bias)
-
-
-def _chunk_rows(input: Tensor) -> int:
-    """About 2¹⁸ elements to a chunk: the fastest size, or near it, at all measured shapes."""
-    return max(64, 2**18 // input.shape[1])
+    return _finish(input, total, *d_weights, d_code.sum(0), d_decoder_bias)
 
 
 def _add_product(sum: Tensor, left: Tensor, right: Tensor) -> None:
@@ -119,19 +119,16 @@ def _add_product(sum: Tensor, left: Tensor, right: Tensor) -> None:
         sum += left @ right
 
 
-def _finish(
-    input: Tensor, total: Tensor, d_encoder: Tensor, d_decoder: Tensor | None, *d_biases: Tensor, tied: bool = False
-) -> list[Tensor]:
-    """The mean, and gradients scaled and in the input's dtype, in the order of the weights."""
-    if tied:
-        d_encoder, d_decoder = d_encoder + d_decoder.t(), None
+def _finish(input: Tensor, total: Tensor, *gradients: Tensor) -> list[Tensor]:
+    """The mean and its gradients in the input's dtype."""
     scale = 2 / input.numel()
-    weights = [gradient * scale for gradient in (d_encoder, d_decoder, *d_biases) if gradient is not None]
-    return [result.to(input.dtype) for result in (total / input.numel(), *weights)]
+    return [result.to(input.dtype) for result in (total / input.numel(), *(scale * each for each in gradients))]
 
 
 def _squared_norm(input: Tensor) -> Tensor:
-    stored = input.values() if input.layout == torch.sparse_csr else input
+    stored = input.values() if input.layout == torch.sparse_csr else input.view(-1)
+    if stored.dtype == torch.float32:
+        return torch.dot(stored, stored)
     return torch.linalg.vector_norm(stored, dtype=torch.float32).square()
 
 
@@ -142,8 +139,9 @@ def _column_sums(input: Tensor) -> Tensor:
     return input.sum(0, dtype=torch.float32)
 
 
-def _transposed_product(input: Tensor, right: Tensor) -> Tensor:
-    """inputᵀ right, float32 where PyTorch's product gives it."""
+def _times_input(left: Tensor, input: Tensor) -> Tensor:
+    """left · input, float32 where PyTorch's product gives it."""
     if input.layout == torch.sparse_csr:
-        return input.t().to_sparse_csr() @ right
-    return (input.t() @ right.to(input.dtype)).float()
+        return (input.t().to_sparse_csr() @ left.t()).t()
+    # Few rows by many columns: the orientation in which PyTorch is faster.
+    return (left.to(input.dtype) @ input).float()
