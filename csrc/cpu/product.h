@@ -103,6 +103,8 @@ Blocks<Acc<T>> pack_blocks(const View<T>& source, Acc<T>* data) {
       if (live == R && col + R <= source.cols && source.col_stride == 1) {
         for (int i = 0; i < R; ++i) {
           const T* from = top + i * source.row_stride + col;
+          // The rows of the next block-row: each is a stream of its own, too short for the hardware to foresee.
+          __builtin_prefetch(from + R * source.row_stride);
           for (int j = 0; j < R; ++j) out[i * R + j] = load(from[j]);
         }
       } else {

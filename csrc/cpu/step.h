@@ -12,8 +12,6 @@
 //   R in blocks of columns,  Σ R²,  E = R Wd,  dWd += Rᵀ Z,  dbd += Σ R
 #pragma once
 
-#include <type_traits>
-
 #include "abi.h"
 #include "activation.h"
 #include "operands.h"
@@ -25,6 +23,9 @@ namespace byol::BYOL_ISA {
 // ones. Half-precision inputs are so coarse that the Gram form in float is always more accurate than eager.
 template <class T>
 constexpr double kDirectBelow = sizeof(T) == 8 ? 1e-3 : sizeof(T) == 4 ? 4e-3 : 0.0;
+
+// Columns of T of which one pass makes all statistics, while they are in the first-level cache.
+constexpr int64_t kStatisticsCols = 1024;
 
 // Columns of R that are formed at a time.
 constexpr int64_t kResidualCols = 32 * kTileRows;
@@ -42,7 +43,6 @@ class Step {
         // Tied weights have one gradient, which wants what both would want.
         wants_code(tied ? args.d_encoder_weight : args.d_decoder_weight),
         wants_slope(args.d_encoder_weight || args.d_encoder_bias || args.code_gradient),
-        wants_code_sum(wants_code || args.d_decoder_bias),
         threads(useful_threads(args, 2)),
         K(args.rank) {}
 
@@ -71,6 +71,8 @@ class Step {
     Buffer<S> values, target_values;                            // V, the right operands of Xᵀ·V and Tᵀ·V
     Buffer<S> input_sums, target_sums, code_products;           // Xᵀ·V, Tᵀ·V, ZᵀZ
     Buffer<double> code_sum, slope_sum, target_sum;             // Σz, Σ dU, Σt
+    Buffer<S> tile_sum;                                         // Σt of one tile
+    Buffer<double> tile_code_sum, lost;                         // Σz of one tile, and its mean times G's rounding
     Buffer<S> residual, residual_blocks, residual_code;         // direct form only: R, packed R, Rᵀ·Z
     Buffer<S> decoder_panels, decoder_rows;                     // direct form only: Wd, Wdᵀ
     Buffer<double> residual_sum;                                // direct form only: Σ R
@@ -106,7 +108,7 @@ class Step {
   }
 
   // G = Wdᵀ Wd and the row vector bd·Wd. Every row shares their errors, which do not average out in sums over rows, so they are
-  // summed in double, and for float inputs G is kept in two parts.
+  // summed in double, and what rounding G takes away is given back for the mean row of each tile.
   void make_gram(const View<T>& decoder) {
     constexpr int64_t kRows = 8 * kTileRows;
     Buffer<double> sums, bias_sums, tile(kRows * K), block_data(Blocks<double>::size(kRows, K));
@@ -127,15 +129,15 @@ class Step {
       zero_padding(panels, rows.rows, K);
       multiply_transposed(pack_blocks(wide, block_data), panels, products);
     }
-    gram_data.allocate_zeros(2 * Panels<S>::size(K, K));
+    gram_data.allocate_zeros(Panels<S>::size(K, K));
     gram = Panels<S>::over(gram_data, K, K);
-    gram_low = Panels<S>::over(gram_data + Panels<S>::size(K, K), K, K);
+    gram_low.allocate(K * K);
     bias_code.allocate(K);
     for (int64_t j = 0; j < K; ++j) {
       bias_code[j] = bias_sums[j];
       for (int64_t k = 0; k < K; ++k) {
         *gram.at(j, k) = S(*products.at(j, k));
-        *gram_low.at(j, k) = S(*products.at(j, k) - double(*gram.at(j, k)));
+        gram_low[j * K + k] = *products.at(j, k) - double(*gram.at(j, k));
       }
     }
   }
@@ -181,8 +183,13 @@ class Step {
     if (separate && wants_code) w.target_sums.allocate_zeros(Panels<S>::size(args.out_features, K));
     if (wants_code) w.code_products.allocate_zeros(Panels<S>::size(K, K));
     w.code_sum.allocate_zeros(K);
+    w.tile_code_sum.allocate(K);
+    w.lost.allocate(K);
     w.slope_sum.allocate_zeros(K);
-    if (args.d_decoder_bias) w.target_sum.allocate_zeros(args.out_features);
+    if (args.d_decoder_bias) {
+      w.target_sum.allocate_zeros(args.out_features);
+      w.tile_sum.allocate(args.out_features);
+    }
   }
 
   // --------------------------------------------------------------------------------------------- once per tile
@@ -198,7 +205,6 @@ class Step {
     encode(w, tile);
     const Blocks<S> code = pack_blocks<S>({w.code, code_stride(), 1, tile.padded, K}, w.code_blocks);
     multiply(code, gram, w.error, code_stride());
-    if (std::is_same_v<T, float>) multiply(code, gram_low, w.error, code_stride(), true);
     const bool direct = !gram_loss(w, tile);
     if (direct) direct_loss(w, tile, code);
     if (wants_slope) finish_slope(w, tile);
@@ -221,16 +227,17 @@ class Step {
   bool gram_loss(Worker& w, const Tile& tile) {
     const S* products = separate ? w.target_product : w.product + (joint ? K : 0);
     const int64_t stride = separate ? target_weights.cols : input_weights.cols;
-    double energy = 0, cross = 0;
+    const double energy = target_statistics(w, tile);
+    sum_codes(w, tile);
+    double cross = 0;
     for (int64_t r = 0; r < tile.rows; ++r) {
-      energy += centred_energy(row_of(target_view(), tile.first + r));
       const S* product = products + r * stride;
       const S* z = w.code + r * code_stride();
       S* e = w.error + r * code_stride();
       double row_cross = 0;
       for (int64_t k = 0; k < K; ++k) {
         const S q = S(double(product[k]) - bias_code[k]);
-        e[k] -= q;
+        e[k] = S(double(e[k]) + w.lost[k]) - q;
         row_cross += double(z[k]) * double(e[k] - q);
       }
       cross += row_cross;
@@ -243,28 +250,56 @@ class Step {
     return true;
   }
 
+  // Σ z of the tile, and its mean row times what G lost to rounding.
+  void sum_codes(Worker& w, const Tile& tile) const {
+    for (int64_t k = 0; k < K; ++k) w.tile_code_sum[k] = w.lost[k] = 0;
+    for (int64_t r = 0; r < tile.rows; ++r)
+      for (int64_t k = 0; k < K; ++k) w.tile_code_sum[k] += double(w.code[r * code_stride() + k]);
+    for (int64_t j = 0; j < K; ++j) {
+      const double mean = w.tile_code_sum[j] / double(tile.rows);
+      for (int64_t k = 0; k < K; ++k) w.lost[k] += mean * gram_low[j * K + k];
+    }
+  }
+
   static const T* row_of(const View<T>& view, int64_t row) { return view.data + row * view.row_stride; }
 
-  // Σ (t − bd)² of one row.
-  double centred_energy(const T* t) const {
+  // Σ (t − bd)² of the tile; leaves its Σ t in w.tile_sum.
+  double target_statistics(Worker& w, const Tile& tile) const {
+    const View<T> targets = target_view();
+    double energy = 0;
+    if (args.d_decoder_bias) std::memset(w.tile_sum, 0, args.out_features * sizeof(S));
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const T* t = row_of(targets, tile.first + r);
+      for (int64_t begin = 0; begin < args.out_features; begin += kStatisticsCols) {
+        const int64_t count = min(kStatisticsCols, args.out_features - begin);
+        energy += centred_energy(t + begin, decoder_bias + begin, count);
+        if (args.d_decoder_bias) add_to(w.tile_sum + begin, t + begin, count);
+      }
+    }
+    return energy;
+  }
+
+  static double centred_energy(const T* t, const S* bias, int64_t count) {
     constexpr int kSums = 64;
-    double total = 0;
-    for (int64_t begin = 0; begin < args.out_features; begin += 4096) {
-      const int64_t end = min(begin + 4096, args.out_features);
-      S sums[kSums] = {};
-      int64_t i = begin;
-      for (; i + kSums <= end; i += kSums)
-        for (int j = 0; j < kSums; ++j) {
-          const S a = load(t[i + j]) - decoder_bias[i + j];
-          sums[j] += a * a;
-        }
-      for (int j = 0; i < end; ++i, ++j) {
-        const S a = load(t[i]) - decoder_bias[i];
+    S sums[kSums] = {};
+    int64_t i = 0;
+    for (; i + kSums <= count; i += kSums)
+      for (int j = 0; j < kSums; ++j) {
+        const S a = load(t[i + j]) - bias[i + j];
         sums[j] += a * a;
       }
-      for (S sum : sums) total += double(sum);
+    for (int j = 0; i < count; ++i, ++j) {
+      const S a = load(t[i]) - bias[i];
+      sums[j] += a * a;
     }
+    double total = 0;
+    for (S sum : sums) total += double(sum);
     return total;
+  }
+
+  static void add_to(S* sum, const T* t, int64_t count) {
+#pragma GCC ivdep
+    for (int64_t j = 0; j < count; ++j) sum[j] += load(t[j]);
   }
 
   // Σ R² and E again, with R formed block of columns by block of columns, and the decoder's gradients.
@@ -343,10 +378,9 @@ class Step {
                   bool direct) {
     if (!direct) {
       if (wants_code) multiply_transposed(code, code_panels(w, tile), Panels<S>::over(w.code_products, K, K));
-      if (wants_code_sum)
-        for (int64_t r = 0; r < tile.rows; ++r)
-          for (int64_t k = 0; k < K; ++k) w.code_sum[k] += double(w.code[r * code_stride() + k]);
-      if (args.d_decoder_bias) add_target_rows(w, tile);
+      for (int64_t k = 0; k < K; ++k) w.code_sum[k] += w.tile_code_sum[k];
+      if (args.d_decoder_bias)
+        for (int64_t j = 0; j < args.out_features; ++j) w.target_sum[j] += double(w.tile_sum[j]);
       if (separate && wants_code)
         multiply_transposed(target, Panels<S>::over(w.code_panels, tile.padded, K),
                             Panels<S>::over(w.target_sums, args.out_features, K));
@@ -355,13 +389,6 @@ class Step {
     const Panels<S> values = Panels<S>::over(w.values, tile.padded, input_width());
     fill_values(w, tile, values, direct);
     multiply_transposed(input, values, Panels<S>::over(w.input_sums, args.in_features, input_width()));
-  }
-
-  void add_target_rows(Worker& w, const Tile& tile) {
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const T* t = row_of(target_view(), tile.first + r);
-      for (int64_t j = 0; j < args.out_features; ++j) w.target_sum[j] += double(load(t[j]));
-    }
   }
 
   // V = [Z, dU]; tied: dU − Z. In a direct tile Z counts as zero.
@@ -460,12 +487,12 @@ class Step {
   }
 
   const StepArgs& args;
-  const bool tied, separate, joint, wants_code, wants_slope, wants_code_sum;
+  const bool tied, separate, joint, wants_code, wants_slope;
   const int threads;
   const int64_t K;
   Buffer<S> encoder_bias, decoder_bias, input_weight_data, target_weight_data, gram_data;
-  Buffer<double> bias_code;
-  Panels<S> input_weights{}, target_weights{}, gram{}, gram_low{};
+  Buffer<double> bias_code, gram_low;
+  Panels<S> input_weights{}, target_weights{}, gram{};
 };
 
 }  // namespace byol::BYOL_ISA
