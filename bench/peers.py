@@ -126,10 +126,10 @@ def _finish(input: Tensor, total: Tensor, *gradients: Tensor) -> list[Tensor]:
 
 
 def _squared_norm(input: Tensor) -> Tensor:
-    stored = input.values() if input.layout == torch.sparse_csr else input.view(-1)
-    if stored.dtype == torch.float32:
-        return torch.dot(stored, stored)
-    return torch.linalg.vector_norm(stored, dtype=torch.float32).square()
+    if input.layout == torch.sparse_csr:
+        return torch.linalg.vector_norm(input.values()).square()
+    # Row by row: over all elements at once, float32 loses four digits.
+    return torch.linalg.vector_norm(input, dim=1, dtype=torch.float32).square().sum()
 
 
 def _column_sums(input: Tensor) -> Tensor:

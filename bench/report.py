@@ -263,7 +263,7 @@ def plot_memory(axes, steps: Sequence[dict]) -> None:
     variants = (*PEERS, OURS)
     height = 0.8 / len(variants)
     for index, variant in enumerate(variants):
-        sizes = [(case["variants"][variant].get("extra_bytes") or 0) / 2**20 for case in chosen]
+        sizes = [(case["variants"].get(variant, {}).get("extra_bytes") or 0) / 2**20 for case in chosen]
         axes.barh([row + index * height for row in range(len(chosen))], sizes, height, label=LABELS[variant])
     axes.set_yticks([row + 0.4 for row in range(len(chosen))], [shape(case) for case in chosen])
     axes.invert_yaxis()
