@@ -7,13 +7,16 @@ from .curve import YieldCurve, allocate_ranks
 from .functional import Explanation, bottleneck, bottleneck_mse_loss, explain, mse_loss
 from .nn import Bottleneck, MSELoss
 from .pca import StreamingPCA, certificate
+from .phases import FinetuneResult, PretrainResult, deploy, finetune, load, pretrain
 from .svd import truncated_svd
 
 __all__ = [
     "BackendError",
     "Bottleneck",
     "Explanation",
+    "FinetuneResult",
     "MSELoss",
+    "PretrainResult",
     "StreamingPCA",
     "YieldCurve",
     "__version__",
@@ -22,10 +25,14 @@ __all__ = [
     "bottleneck",
     "bottleneck_mse_loss",
     "certificate",
+    "deploy",
     "explain",
+    "finetune",
     "functional",
+    "load",
     "mse_loss",
     "nn",
+    "pretrain",
     "truncated_svd",
     "use_backend",
 ]

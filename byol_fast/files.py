@@ -15,8 +15,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Write a file whole or not at all.
 
     The block gets the path of a temporary file in the same folder, with the same suffix, and writes it. When the block
-    ends, the file is flushed to disk and takes the place of ``path`` in one step; if the block raises, ``path`` stays as
-    it was and the temporary file is removed.
+    ends, the file is flushed to disk and takes the place of ``path`` in one step; if the block raises, ``path`` stays
+    as it was and the temporary file is removed.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")

@@ -1,0 +1,7 @@
+"""The three phases: pre-train a bottleneck, fine-tune the model around it, deploy."""
+
+from .deploy import deploy, load
+from .finetune import FinetuneResult, finetune
+from .pretrain import PretrainResult, pretrain
+
+__all__ = ["FinetuneResult", "PretrainResult", "deploy", "finetune", "load", "pretrain"]
