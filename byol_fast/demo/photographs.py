@@ -25,8 +25,8 @@ def run(ranks: Sequence[int], quick: bool) -> Panel:
     images = _photographs()
     patches = _patches(images)
     print(f"\nphotographs: {len(patches)} patches of {_PATCH}×{_PATCH}×3 = {patches.shape[1]} numbers")
-    curve = curve_of(patches)
     fitted = patches[::8] if quick else patches
+    curve = curve_of(fitted)
     results, pictures = [], {"original": images}
     for rank in ranks:
         result, layer = result_at("photographs", fitted, rank, curve)
