@@ -80,10 +80,10 @@ def _add_demo(commands: _Commands[argparse.ArgumentParser]) -> None:
         "demo", help="pre-train, fine-tune, deploy and reload bottlenecks on real data; prints a table, writes a figure"
     )
     command.add_argument(
-        "--data", type=Path, metavar="FILE", help="a matrix of your own (.npy, .npz, .pt, .safetensors), rows are samples"
+        "--data", type=Path, metavar="FILE", help="a matrix of your own (.npy, .npz, .pt, .safetensors, .parquet)"
     )
     command.add_argument(
-        "--output", type=Path, default=Path("demo-output"), metavar="DIR", help="where figure and models go (%(default)s)"
+        "--output", type=Path, default=Path("demo-output"), metavar="DIR", help="where the figure goes (%(default)s)"
     )
     command.add_argument(
         "--ranks", type=_ranks, default=None, metavar="K,K,…", help="ranks to try, e.g. 8,32 (default: by the data)"

@@ -64,6 +64,6 @@ def bottleneck_mse_loss(
 
     A sparse ``input`` is made dense.
     """
-    input = input.to_dense()
+    input = input if input.layout == torch.strided else input.to_dense()
     output = bottleneck(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation=activation)
     return mse_loss(output, input if target is None else target, reduction)
