@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, reference
-from .backends import choose, form
+from .backends import Call, choose, form
 
 __all__ = ["Explanation", "bottleneck", "bottleneck_mse_loss", "explain", "mse_loss"]
 
@@ -56,7 +56,7 @@ def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean", weight: Ten
     dtype = torch.promote_types(input.dtype, target.dtype)
     loss_dtype = torch.promote_types(dtype, torch.float32) if _autocast_dtype(input) is not None else dtype
     input, target = input.to(dtype), target.to(dtype)
-    backend = _backend((input, target))
+    backend = _backend((input, target), Call("mse_loss", dtype, input.numel()))
     if backend == "reference":
         return reference.mse_loss(input, target, reduction)
     return _reduced(autograd.squared_error(input, target, backend), reduction, input.numel(), loss_dtype)
@@ -96,7 +96,7 @@ def bottleneck(
             f"residual: expected out_features = in_features = {tensors.in_features} to add the input to the output, "
             f"got out_features = {tensors.out_features}"
         )
-    backend = _backend(tensors.present())
+    backend = _backend(tensors.present(), tensors.as_call("bottleneck"))
     if backend == "reference":
         return reference.bottleneck(*tensors.operands(), activation=activation, residual=residual)
     input, *_ = operands = tensors.cast().operands()
@@ -147,7 +147,7 @@ def bottleneck_mse_loss(
     if reduction == "none":
         output = bottleneck(*tensors.operands(), activation=activation)
         return mse_loss(output, input if target is None else target, "none")
-    backend = _backend(tensors.present())
+    backend = _backend(tensors.present(), tensors.as_call("bottleneck_mse_loss"))
     if backend == "reference":
         return reference.bottleneck_mse_loss(
             *tensors.operands(), target=target, activation=activation, reduction=reduction
@@ -193,9 +193,9 @@ def explain(
     _check_target(tensors, "mean")
     if _is_empty(tensors.present()):
         return Explanation("reference", "direct", "an empty tensor leaves nothing to accelerate")
-    choice = choose(tensors.present())
-    dtype = tensors.cast().input.dtype
-    words = form(choice.backend, dtype, decoder_weight is None, _is_sparse(input))
+    call = tensors.as_call("bottleneck_mse_loss")
+    choice = choose(tensors.present(), call)
+    words = form(choice.backend, call.dtype, decoder_weight is None, _is_sparse(input))
     return Explanation(choice.backend, words, choice.reason)
 
 
@@ -224,6 +224,14 @@ class _Bottleneck:
     def present(self) -> tuple[Tensor, ...]:
         return tuple(tensor for tensor in (*self.operands(), self.target) if tensor is not None)
 
+    def as_call(self, operation: str) -> Call:
+        """What the backends are asked for."""
+        autocast = _autocast_dtype(self.input)
+        dtype = self.input.dtype if autocast is None or self.input.dtype == torch.float64 else autocast
+        rows = self.input.numel() // self.in_features
+        rank = self.encoder_weight.shape[0]
+        return Call(operation, dtype, rows, self.in_features, self.out_features, rank, _is_sparse(self.input))
+
     def cast(self) -> _Bottleneck:
         """Under autocast, everything in autocast's dtype, by the rule of ``linear``: all but float64."""
         dtype = _autocast_dtype(self.input)
@@ -244,8 +252,8 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
-def _backend(tensors: tuple[Tensor, ...]) -> str:
-    return "reference" if _is_empty(tensors) else choose(tensors).backend
+def _backend(tensors: tuple[Tensor, ...], call: Call) -> str:
+    return "reference" if _is_empty(tensors) else choose(tensors, call).backend
 
 
 def _is_empty(tensors: tuple[Tensor, ...]) -> bool:
@@ -375,10 +383,14 @@ def _check_tensors(named: dict[str, Tensor | None], sparse_input: bool = False) 
 def _check_dtypes(named: dict[str, Tensor | None]) -> None:
     """One dtype, as ``linear`` demands; autocast does away with the differences, but for float64."""
     input = named["input"]
-    if input is None or _autocast_dtype(input) is not None:
+    if input is None:
         return
+    autocast = _autocast_dtype(input) is not None
     for name, tensor in named.items():
-        if tensor is not None and tensor.dtype != input.dtype:
+        if tensor is None or tensor.dtype == input.dtype:
+            continue
+        # A kernel would read one dtype as the other.
+        if not autocast or torch.float64 in (tensor.dtype, input.dtype):
             raise TypeError(f"{name}: expected the dtype of input, {input.dtype}, got {tensor.dtype}")
 
 

@@ -43,6 +43,22 @@ def _loop_over(name: str) -> Callable[..., Any]:
     return rule
 
 
+def _shortcut(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The op, or its kernel where nobody watches: the dispatcher costs more than a small product."""
+    op = getattr(torch.ops.byol_fast, name).default
+
+    def run(*args: Any) -> Any:
+        watched = (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._are_functorch_transforms_active()
+            or type(args[0]) not in (Tensor, torch.nn.Parameter)
+        )
+        return op(*args) if watched else kernel(*args)
+
+    return run
+
+
 def _wanted(results: Sequence[Tensor | None], needs: Sequence[bool], like: Tensor) -> list[Tensor]:
     """The results asked for; an op cannot return None, so an empty tensor stands for the others."""
     return [
@@ -279,10 +295,10 @@ _define("step", _step, _step_fake)
 _define("sparse_step", _sparse_step, _sparse_step_fake)
 _define("step_input_gradients", _step_input_gradients, _step_input_gradients_fake)
 
-squared_error: Callable[..., Tensor] = torch.ops.byol_fast.squared_error.default
-squared_error_backward: Callable[..., list[Tensor]] = torch.ops.byol_fast.squared_error_backward.default
-bottleneck: Callable[..., list[Tensor]] = torch.ops.byol_fast.bottleneck.default
-bottleneck_backward: Callable[..., list[Tensor]] = torch.ops.byol_fast.bottleneck_backward.default
-step: Callable[..., list[Tensor]] = torch.ops.byol_fast.step.default
-sparse_step: Callable[..., list[Tensor]] = torch.ops.byol_fast.sparse_step.default
-step_input_gradients: Callable[..., list[Tensor]] = torch.ops.byol_fast.step_input_gradients.default
+squared_error: Callable[..., Tensor] = _shortcut("squared_error", _squared_error)
+squared_error_backward: Callable[..., list[Tensor]] = _shortcut("squared_error_backward", _squared_error_backward)
+bottleneck: Callable[..., list[Tensor]] = _shortcut("bottleneck", _bottleneck)
+bottleneck_backward: Callable[..., list[Tensor]] = _shortcut("bottleneck_backward", _bottleneck_backward)
+step: Callable[..., list[Tensor]] = _shortcut("step", _step)
+sparse_step: Callable[..., list[Tensor]] = _shortcut("sparse_step", _sparse_step)
+step_input_gradients: Callable[..., list[Tensor]] = _shortcut("step_input_gradients", _step_input_gradients)

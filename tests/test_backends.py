@@ -35,7 +35,7 @@ def test_use_backend_restores_the_former_choice() -> None:
     with bf.use_backend("reference"):
         with pytest.raises(KeyError), bf.use_backend("auto"):
             raise KeyError
-        operands = make_operands(5, 4, 2)
+        operands = make_operands(4096, 256, 8)
         assert bf.explain(operands.input, operands.encoder_weight).backend == "reference"
     expected = "native" if NATIVE else "reference"
     assert bf.explain(operands.input, operands.encoder_weight).backend == expected
@@ -94,6 +94,25 @@ def test_explain_tells_backend_form_and_reason(backend: str, tied: bool) -> None
     assert ("direct" in explanation.form) if backend == "reference" else ("gram" in explanation.form)
     assert ("tied" in explanation.form) == (tied and backend == "native")
     assert str(explanation) == f"backend {backend} (chosen by name), form: {explanation.form}"
+
+
+@pytest.mark.skipif(not NATIVE, reason="there is no native core in this installation")
+@pytest.mark.parametrize(
+    ("shape", "dtype", "reason"),
+    [
+        ((4096, 256, 8), torch.float32, "measured fastest on such calls"),
+        ((16, 256, 8), torch.float32, "native: PyTorch is faster on so small a product"),
+        ((2048, 1024, 256), torch.float32, "native: PyTorch is faster on fewer rows than 16·rank"),
+        ((1024, 512, 64), torch.bfloat16, "native: PyTorch's bfloat16 products are faster"),
+    ],
+    ids=str,
+)
+def test_auto_passes_the_kernels_by_where_they_measured_slower(
+    shape: tuple[int, int, int], dtype: torch.dtype, reason: str
+) -> None:
+    explanation = make_operands(*shape, dtype=dtype).call(bf.explain)  # type: ignore[arg-type]
+    assert explanation.reason.startswith(reason)
+    assert explanation.backend == ("native" if reason.startswith("measured") else "reference")
 
 
 def test_environment_variable() -> None:

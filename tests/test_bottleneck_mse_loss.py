@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import BACKENDS
 from contract import ACTIVATIONS, DTYPES, RATIOS, Operands, assert_all, make_operands, results
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -76,7 +77,10 @@ def test_contract_over_any_shape(
 ) -> None:
     out_features = in_features if tied else out_features
     target = out_features not in (None, in_features)
-    check(make_operands(rows, in_features, rank, out_features, tied=tied, bias=bias, target=target))
+    operands = make_operands(rows, in_features, rank, out_features, tied=tied, bias=bias, target=target)
+    for name in BACKENDS:
+        with bf.use_backend(name):
+            check(operands)
 
 
 def strided(tensor: torch.Tensor, how: str) -> torch.Tensor:
@@ -162,7 +166,7 @@ def test_arguments_are_not_written(backend: str) -> None:
         assert torch.equal(tensor, before.present()[name]), f"{name} was written"
 
 
-def test_a_loss_is_never_negative() -> None:
+def test_a_loss_is_never_negative(backend: str) -> None:
     # The reconstruction is exact, so that the Gram form's difference of sums is rounding alone.
     weight = torch.eye(7)
     for dtype in DTYPES:

@@ -18,12 +18,13 @@ from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .base import Backend, Kernels, accumulation_dtype
+from .base import Backend, Call, Kernels, accumulation_dtype
 from .native import Native
 
 __all__ = [
     "BackendError",
     "BackendStatus",
+    "Call",
     "Choice",
     "accumulation_dtype",
     "backends",
@@ -50,6 +51,9 @@ class _Reference:
     def refuses(self, tensors: Sequence[Tensor]) -> str | None:
         return None
 
+    def declines(self, call: Call) -> str | None:
+        return None
+
     def form(self, dtype: torch.dtype, tied: bool, sparse: bool) -> str:
         return "direct, the input made dense" if sparse else "direct"
 
@@ -65,6 +69,9 @@ class _Absent:
         return self.reason
 
     def refuses(self, tensors: Sequence[Tensor]) -> str | None:
+        return self.reason
+
+    def declines(self, call: Call) -> str | None:
         return self.reason
 
     def form(self, dtype: torch.dtype, tied: bool, sparse: bool) -> str:
@@ -169,7 +176,7 @@ class use_backend:
         _current = self._previous
 
 
-def choose(tensors: Sequence[Tensor]) -> Choice:
+def choose(tensors: Sequence[Tensor], call: Call) -> Choice:
     """The backend for a call on these tensors.
 
     Raises:
@@ -177,22 +184,22 @@ def choose(tensors: Sequence[Tensor]) -> Choice:
     """
     name = current()
     if name == _AUTO:
-        return _choose_automatically(tensors)
+        return _choose_automatically(tensors, call)
     reason = _refusal(name, tensors)
     if reason is not None:
         raise BackendError(f"backend {name!r} was chosen, but {reason}; {_valid_choices()}")
     return Choice(name, "chosen by name")
 
 
-def _choose_automatically(tensors: Sequence[Tensor]) -> Choice:
+def _choose_automatically(tensors: Sequence[Tensor], call: Call) -> Choice:
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         # A kernel sees one sample at a time; PyTorch's own operations are batched, and differentiate in every mode.
         return Choice("reference", "a torch.func transform is active")
     reasons = []
     for name in _PREFERENCE:
-        reason = _REGISTRY[name].unavailable() or _refusal(name, tensors)
+        reason = _REGISTRY[name].unavailable() or _refusal(name, tensors) or _REGISTRY[name].declines(call)
         if reason is None:
-            return Choice(name, "the fastest that runs these tensors")
+            return Choice(name, "measured fastest on such calls")
         reasons.append(f"{name}: {reason}")
     return Choice("reference", "; ".join(reasons))
 

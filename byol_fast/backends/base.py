@@ -9,6 +9,7 @@ last. A result that was not asked for is None.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,6 +19,22 @@ from torch import Tensor
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which kernels add up: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is asked for: what a backend needs to know to say whether it is worth it.
+
+    ``operation`` is ``"mse_loss"`` (of ``rows`` elements), ``"bottleneck"`` or ``"bottleneck_mse_loss"``.
+    """
+
+    operation: str
+    dtype: torch.dtype
+    rows: int
+    in_features: int = 1
+    out_features: int = 1
+    rank: int = 1
+    sparse: bool = False
 
 
 class Backend(Protocol):
@@ -30,6 +47,9 @@ class Backend(Protocol):
 
     def refuses(self, tensors: Sequence[Tensor]) -> str | None:
         """None, or why this backend cannot run on these tensors."""
+
+    def declines(self, call: Call) -> str | None:
+        """None, or why ``auto`` passes this backend by: it measured slower than plain PyTorch on such a call."""
 
     def form(self, dtype: torch.dtype, tied: bool, sparse: bool) -> str:
         """How :meth:`step` (or :meth:`sparse_step`) computes: the words :func:`byol_fast.explain` shows."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import accumulation_dtype
+from .base import Call, accumulation_dtype
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "tanh": 5}
@@ -66,6 +66,26 @@ class Native:
                 return f"it runs tensors on the CPU, not on {tensor.device.type}"
             if tensor.dtype not in _DTYPES:
                 return f"it has no kernels for {tensor.dtype}"
+        return None
+
+    def declines(self, call: Call) -> str | None:
+        """The crossovers, as bench/ measured them on an AVX-512 server CPU with two threads."""
+        if call.operation == "mse_loss":
+            return None if call.rows >= 2**17 else "PyTorch is faster on fewer than 131072 elements"
+        if call.sparse:
+            return None
+        if call.rows * call.rank * (call.in_features + call.out_features) < 4_000_000:
+            return "PyTorch is faster on so small a product"
+        if call.dtype == torch.float16:
+            return None
+        if call.dtype == torch.bfloat16:
+            if call.operation == "bottleneck" or call.rank > 128 or call.rows < 32 * call.rank:
+                return "PyTorch's bfloat16 products are faster, but for the loss with rank ≤ 128 and rows ≥ 32·rank"
+            return None
+        if call.rows < 16 * call.rank:
+            return "PyTorch is faster on fewer rows than 16·rank"
+        if call.operation == "bottleneck" and call.rank < 32:
+            return "PyTorch is faster on a layer of rank < 32"
         return None
 
     def form(self, dtype: torch.dtype, tied: bool, sparse: bool) -> str:
