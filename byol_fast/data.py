@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 import tempfile
@@ -104,8 +105,12 @@ def _read_npz(path: Path, name: str | None) -> Tensor:
         # The local header of a zip member: 30 bytes, of which the last four are the lengths of name and extra field.
         file.seek(member.header_offset + 26)
         file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+        begin = file.tell()
         shape, fortran_order, dtype = _npy_header(file)
         start = file.tell()
+    announced = start - begin + math.prod(shape) * dtype.itemsize
+    if announced != member.file_size:
+        raise ValueError(f"{member.filename} has {member.file_size} bytes, its header says {announced}")
     order = "F" if fortran_order else "C"
     return _tensor(np.memmap(path, dtype, "c", start, shape, order))  # type: ignore[call-overload]
 

@@ -36,7 +36,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     expected = f"{path}: expected a byol_fast checkpoint of version {_VERSION}"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0]

@@ -119,15 +119,16 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         start = file.read(4)
     if start != b"PK\x03\x04":
         return plain.load(path)
-    if not zipfile.is_zipfile(path):
-        size = os.path.getsize(path)
-        raise ValueError(f"{path}: expected a whole torch.export file, found {size} bytes that are cut short")
     try:
-        with open(path, "rb") as stream:
-            return torch.export.load(stream).module()
+        with zipfile.ZipFile(path) as archive:
+            altered = archive.testzip()
+        if altered is None:
+            with open(path, "rb") as stream:
+                return torch.export.load(stream).module()
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: expected a torch.export file, found one that cannot be read ({reason})") from error
+        found = f"{os.path.getsize(path)} bytes that are not one, or are cut short"
+        raise ValueError(f"{path}: expected a torch.export file, found {found}") from error
+    raise ValueError(f"{path}: expected a torch.export file as it was written, found {altered} altered")
 
 
 # ------------------------------------------------------------------------------------------------------ safetensors

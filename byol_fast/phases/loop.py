@@ -138,6 +138,7 @@ class Loop:
         else:
             self.sum.fill_(self.solve())
             self.rows = 1
+            self.seconds = time.perf_counter() - begin
             bar.update()
         self.history.append(self._row(held_out))
         self.seconds = time.perf_counter() - begin

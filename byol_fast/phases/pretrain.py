@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -196,6 +197,7 @@ def _pretrain_linear(
     options: Options,
 ) -> PretrainResult:
     """With the optimum known from the start."""
+    begin = time.perf_counter()
     pca = principal_components(module, train, options.progress)
     certified = has_covariance(pca)
     if not certified and (stop_at is not None or method == "alternate"):
@@ -209,7 +211,7 @@ def _pretrain_linear(
         return stop_at is not None and bool(history) and history[-1]["certificate"] <= stop_at
 
     loop = _loop(module, method, replace(options, epochs=1) if method == "exact" else options)
-    loop.measure, loop.is_enough = measure, is_enough
+    loop.measure, loop.is_enough, loop.seconds = measure, is_enough, time.perf_counter() - begin
     if method == "joint":
         return PretrainResult(module, method, loop.run(train, held_out))
 
