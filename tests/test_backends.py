@@ -70,7 +70,8 @@ def test_auto_takes_what_the_kernels_do_not() -> None:
     operands = make_operands(5, 4, 2).map(lambda t: t.to("meta"))
     assert operands.call(bf.bottleneck).shape == (5, 4)
     assert operands.call(bf.bottleneck_mse_loss).shape == ()
-    explanation = bf.explain(operands.input, operands.encoder_weight)
+    large = make_operands(4096, 256, 8).map(lambda t: t.to("meta"))
+    explanation = bf.explain(large.input, large.encoder_weight)
     assert explanation.backend == "reference"
     assert "not on meta" in explanation.reason or not NATIVE
 

@@ -23,7 +23,9 @@ def published() -> list[Path]:
     for path in ROOT.rglob("*"):
         folders = path.relative_to(ROOT).parts[:-1]
         hidden = any(part.startswith(".") and part != ".ci" for part in folders)
-        left_behind = hidden or any(part in GENERATED or part.endswith((".egg-info", "__pycache__")) for part in folders)
+        left_behind = hidden or any(
+            part in GENERATED or part.endswith((".egg-info", "__pycache__")) for part in folders
+        )
         if path.is_file() and path.suffix in TEXT and not left_behind and not path.name.startswith("."):
             files.append(path)
     return files

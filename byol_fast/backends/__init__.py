@@ -197,7 +197,7 @@ def _choose_automatically(tensors: Sequence[Tensor], call: Call) -> Choice:
         return Choice("reference", "a torch.func transform is active")
     reasons = []
     for name in _PREFERENCE:
-        reason = _REGISTRY[name].unavailable() or _refusal(name, tensors) or _REGISTRY[name].declines(call)
+        reason = _REGISTRY[name].unavailable() or _REGISTRY[name].declines(call) or _refusal(name, tensors)
         if reason is None:
             return Choice(name, "measured fastest on such calls")
         reasons.append(f"{name}: {reason}")
