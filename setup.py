@@ -18,8 +18,10 @@ FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-
 
 # Name, bytes of a vector register, rows of the register tile (2·rows accumulators and 3 operands must fit the register
 # file), compiler flags.
+AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"
 X86 = [
-    ("avx512", 64, 12, "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"),
+    ("avx512_bf16", 64, 12, f"{AVX512} -mavx512bf16"),
+    ("avx512", 64, 12, AVX512),
     ("avx2", 32, 6, "-mavx2 -mfma -mf16c"),
     ("portable", 16, 6, ""),
 ]

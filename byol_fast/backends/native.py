@@ -18,6 +18,9 @@ _ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, 
 _FORMS = {"auto": 0, "gram": 1, "direct": 2}
 # The residual ratio below which a row tile takes the direct form (kDirectBelow in csrc/cpu/step.h).
 _DIRECT_BELOW = {torch.float32: 4e-3, torch.float64: 1e-3}
+# Dot-product instructions take Z and dU rounded to bfloat16, as eager does. Over fewer rows than this that does not
+# average out, and bfloat16 is computed as float32.
+_FEW_ROWS = 32
 # Rows of a sparse input that are made dense at a time, when they have to be.
 _DENSE_ROWS = 256
 _ABSENT = (0, 0)
@@ -202,6 +205,10 @@ class Native:
         save_codes: bool,
         form: str = "auto",
     ) -> list[Tensor | None]:
+        if input.dtype == torch.bfloat16 and input.shape[0] < _FEW_ROWS:
+            weights = tuple(map(_float, (decoder_weight, encoder_bias, decoder_bias)))
+            data = (input.float(), _float(target), encoder_weight.float())
+            return self.step(*data, *weights, activation, needs, save_codes, form)  # type: ignore[call-arg, arg-type]
         input, encoder_weight, decoder_weight = _rows(input), _rows(encoder_weight), _optional_rows(decoder_weight)
         target = _optional_rows(target)
         encoder_bias, decoder_bias = _contiguous(encoder_bias), _contiguous(decoder_bias)
@@ -330,6 +337,10 @@ def _rows(matrix: Tensor) -> Tensor:
 
 def _optional_rows(matrix: Tensor | None) -> Tensor | None:
     return None if matrix is None else _rows(matrix)
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()
 
 
 def _contiguous(vector: Tensor | None) -> Tensor | None:

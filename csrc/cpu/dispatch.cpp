@@ -9,6 +9,7 @@ const KernelTable* portable_kernels();
 #ifdef BYOL_X86
 const KernelTable* avx2_kernels();
 const KernelTable* avx512_kernels();
+const KernelTable* avx512_bf16_kernels();
 #endif
 
 namespace {
@@ -18,8 +19,10 @@ std::vector<const KernelTable*> runnable() {
 #ifdef BYOL_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512dq")) {
+    if (__builtin_cpu_supports("avx512bf16")) tables.push_back(avx512_bf16_kernels());
     tables.push_back(avx512_kernels());
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(avx2_kernels());
 #endif
   tables.push_back(portable_kernels());

@@ -16,6 +16,7 @@
 #include "activation.h"
 #include "operands.h"
 #include "parallel_for.h"
+#include "wide.h"
 
 namespace byol::BYOL_ISA {
 
@@ -67,8 +68,9 @@ class Step {
   struct Worker {
     double total = 0;
     int64_t gram_rows = 0;
-    Buffer<S> input_blocks, target_blocks, product, target_product, code, slope, error, code_blocks, code_panels;
-    Buffer<S> values, target_values;                            // V, the right operands of Xᵀ·V and Tᵀ·V
+    Left<T> input, target;                                      // packed tiles of X and T
+    Right<T> values, target_values;                             // V, the right operands of Xᵀ·V and Tᵀ·V
+    Buffer<S> product, target_product, code, slope, error, code_blocks, code_panels;
     Buffer<S> input_sums, target_sums, code_products;           // Xᵀ·V, Tᵀ·V, ZᵀZ
     Buffer<double> code_sum, slope_sum, target_sum;             // Σz, Σ dU, Σt
     Buffer<S> tile_sum;                                         // Σt of one tile
@@ -93,18 +95,23 @@ class Step {
     load_bias<T>(args.decoder_bias, args.out_features, decoder_bias);
     const View<T> encoder = encoder_view<T>(args), decoder = decoder_view<T>(args);
     pack_encoder(encoder, decoder);
-    if (separate) target_weights = packed_panels(decoder, target_weight_data);
+    if (separate) {
+      target_weights.allocate(args.out_features, K);
+      target_weights.shape(args.out_features, K);
+      target_weights.put(decoder);
+      target_weights.pad();
+    }
     make_gram(decoder);
   }
 
   // [Weᵀ, Wd] in the joint case, else Weᵀ.
   void pack_encoder(const View<T>& encoder, const View<T>& decoder) {
     const int64_t width = joint ? 2 * K : K;
-    input_weight_data.allocate(Panels<S>::size(args.in_features, width));
-    input_weights = Panels<S>::over(input_weight_data, args.in_features, width);
-    pack_panels(encoder.transposed(), input_weights);
-    if (joint) pack_panels(decoder, input_weights, K);
-    zero_padding(input_weights, args.in_features, width);
+    input_weights.allocate(args.in_features, width);
+    input_weights.shape(args.in_features, width);
+    input_weights.put(encoder.transposed());
+    if (joint) input_weights.put(decoder, K);
+    input_weights.pad();
   }
 
   // G = Wdᵀ Wd and the row vector bd·Wd. Every row shares their errors, which do not average out in sums over rows, so they are
@@ -165,22 +172,25 @@ class Step {
 
   void allocate(Worker& w, int64_t height) {
     const int64_t code_size = height * code_stride();
-    w.input_blocks.allocate(Blocks<S>::size(height, args.in_features));
-    w.product.allocate(height * input_weights.cols);
+    w.input.allocate(height, args.in_features);
+    w.product.allocate(height * input_weights.padded_cols());
     w.code.allocate(code_size);
     w.error.allocate(code_size);
     if (wants_slope) w.slope.allocate(code_size);
     w.code_blocks.allocate(Blocks<S>::size(height, K));
     w.code_panels.allocate(Panels<S>::size(height, K));
     if (separate) {
-      w.target_blocks.allocate(Blocks<S>::size(height, args.out_features));
-      w.target_product.allocate(height * target_weights.cols);
+      w.target.allocate(height, args.out_features);
+      w.target_product.allocate(height * target_weights.padded_cols());
     }
     if (input_width()) {
-      w.values.allocate(Panels<S>::size(height, input_width()));
+      w.values.allocate(height, input_width());
       w.input_sums.allocate_zeros(Panels<S>::size(args.in_features, input_width()));
     }
-    if (separate && wants_code) w.target_sums.allocate_zeros(Panels<S>::size(args.out_features, K));
+    if (separate && wants_code) {
+      w.target_values.allocate(height, K);
+      w.target_sums.allocate_zeros(Panels<S>::size(args.out_features, K));
+    }
     if (wants_code) w.code_products.allocate_zeros(Panels<S>::size(K, K));
     w.code_sum.allocate_zeros(K);
     w.tile_code_sum.allocate(K);
@@ -195,12 +205,11 @@ class Step {
   // --------------------------------------------------------------------------------------------- once per tile
 
   void run_tile(Worker& w, const Tile& tile) {
-    const Blocks<S> input = pack_blocks(input_view<T>(args).slice(tile.first, tile.rows), w.input_blocks);
-    multiply(input, input_weights, w.product, input_weights.cols);
-    Blocks<S> target = input;
+    w.input.pack(input_view<T>(args).slice(tile.first, tile.rows));
+    w.input.multiply(input_weights, w.product);
     if (separate) {
-      target = pack_blocks(target_view().slice(tile.first, tile.rows), w.target_blocks);
-      multiply(target, target_weights, w.target_product, target_weights.cols);
+      w.target.pack(target_view().slice(tile.first, tile.rows));
+      w.target.multiply(target_weights, w.target_product);
     }
     encode(w, tile);
     const Blocks<S> code = pack_blocks<S>({w.code, code_stride(), 1, tile.padded, K}, w.code_blocks);
@@ -208,14 +217,14 @@ class Step {
     const bool direct = !gram_loss(w, tile);
     if (direct) direct_loss(w, tile, code);
     if (wants_slope) finish_slope(w, tile);
-    accumulate(w, tile, input, target, code, direct);
+    accumulate(w, tile, code, direct);
   }
 
   // Z = f(U) and f′(U); the padding rows of Z are zero.
   void encode(Worker& w, const Tile& tile) {
     for (int64_t r = 0; r < tile.rows; ++r) {
       S* row = w.error + r * code_stride();
-      const S* product = w.product + r * input_weights.cols;
+      const S* product = w.product + r * input_weights.padded_cols();
       for (int64_t k = 0; k < K; ++k) row[k] = product[k] + encoder_bias[k];
       activate(args.activation, row, w.code + r * code_stride(), wants_slope ? w.slope + r * code_stride() : nullptr, K);
       if (args.code) std::memcpy(static_cast<S*>(args.code) + (tile.first + r) * K, w.code + r * code_stride(), K * sizeof(S));
@@ -226,7 +235,7 @@ class Step {
   // Turns Z G into E = Z G − Q and adds the tile's Σ R²; false when the direct form has to do the tile instead.
   bool gram_loss(Worker& w, const Tile& tile) {
     const S* products = separate ? w.target_product : w.product + (joint ? K : 0);
-    const int64_t stride = separate ? target_weights.cols : input_weights.cols;
+    const int64_t stride = separate ? target_weights.padded_cols() : input_weights.padded_cols();
     const double energy = target_statistics(w, tile);
     sum_codes(w, tile);
     double cross = 0;
@@ -374,41 +383,43 @@ class Step {
   }
 
   // The sums over rows. A direct tile has already given the decoder's share, as RᵀZ and Σ R.
-  void accumulate(Worker& w, const Tile& tile, const Blocks<S>& input, const Blocks<S>& target, const Blocks<S>& code,
-                  bool direct) {
+  void accumulate(Worker& w, const Tile& tile, const Blocks<S>& code, bool direct) {
     if (!direct) {
       if (wants_code) multiply_transposed(code, code_panels(w, tile), Panels<S>::over(w.code_products, K, K));
       for (int64_t k = 0; k < K; ++k) w.code_sum[k] += w.tile_code_sum[k];
       if (args.d_decoder_bias)
         for (int64_t j = 0; j < args.out_features; ++j) w.target_sum[j] += double(w.tile_sum[j]);
-      if (separate && wants_code)
-        multiply_transposed(target, Panels<S>::over(w.code_panels, tile.padded, K),
-                            Panels<S>::over(w.target_sums, args.out_features, K));
+      if (separate && wants_code) {
+        w.target_values.shape(tile.rows, K);
+        w.target_values.put(View<S>{w.code, code_stride(), 1, tile.rows, K});
+        w.target_values.pad();
+        w.target.multiply_transposed(w.target_values, Panels<S>::over(w.target_sums, args.out_features, K));
+      }
     }
     if (!input_width()) return;
-    const Panels<S> values = Panels<S>::over(w.values, tile.padded, input_width());
-    fill_values(w, tile, values, direct);
-    multiply_transposed(input, values, Panels<S>::over(w.input_sums, args.in_features, input_width()));
+    fill_values(w, tile, direct);
+    w.input.multiply_transposed(w.values, Panels<S>::over(w.input_sums, args.in_features, input_width()));
   }
 
   // V = [Z, dU]; tied: dU − Z. In a direct tile Z counts as zero.
-  void fill_values(Worker& w, const Tile& tile, const Panels<S>& values, bool direct) {
+  void fill_values(Worker& w, const Tile& tile, bool direct) {
+    w.values.shape(tile.rows, input_width());
     const View<S> code{w.code, code_stride(), 1, tile.rows, K}, slope{w.slope, code_stride(), 1, tile.rows, K};
     if (joint && wants_code) {
       if (direct) {
         for (int64_t r = 0; r < tile.rows; ++r) std::memset(w.error + r * code_stride(), 0, K * sizeof(S));
-        pack_panels<S>({w.error, code_stride(), 1, tile.rows, K}, values);
+        w.values.put(View<S>{w.error, code_stride(), 1, tile.rows, K});
       } else {
-        pack_panels(code, values);
+        w.values.put(code);
       }
     }
     if (args.d_encoder_weight) {
       if (tied && !separate && !direct)
         for (int64_t r = 0; r < tile.rows; ++r)
           for (int64_t k = 0; k < K; ++k) w.slope[r * code_stride() + k] -= w.code[r * code_stride() + k];
-      pack_panels(slope, values, slope_column());
+      w.values.put(slope, slope_column());
     }
-    zero_padding(values, tile.rows, input_width());
+    w.values.pad();
   }
 
   // ------------------------------------------------------------------------------------------- after all tiles
@@ -490,9 +501,10 @@ class Step {
   const bool tied, separate, joint, wants_code, wants_slope;
   const int threads;
   const int64_t K;
-  Buffer<S> encoder_bias, decoder_bias, input_weight_data, target_weight_data, gram_data;
+  Buffer<S> encoder_bias, decoder_bias, gram_data;
   Buffer<double> bias_code, gram_low;
-  Panels<S> input_weights{}, target_weights{}, gram{};
+  Right<T> input_weights, target_weights;
+  Panels<S> gram{};
 };
 
 }  // namespace byol::BYOL_ISA
