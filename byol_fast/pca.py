@@ -409,7 +409,11 @@ def certificate(bottleneck: Bottleneck, pca: StreamingPCA) -> float:
     curve = pca.curve(centered=biased)
     floor = pca.resolution * float(curve.errors[0])
     best = curve.error_at(min(bottleneck.rank, pca.n_features))
-    return max(_achieved_loss(bottleneck, pca), floor) / max(best, floor)
+    achieved, best = max(_achieved_loss(bottleneck, pca), floor), max(best, floor)
+    if best > 0:
+        return achieved / best
+    # All rows are the same, and what they hold is in the biases: only their own size tells what zero is.
+    return 1.0 if achieved <= pca.resolution * float(pca.mean_.square().mean()) else float("inf")
 
 
 def _achieved_loss(bottleneck: Bottleneck, pca: StreamingPCA) -> float:

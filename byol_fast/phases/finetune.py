@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Bottleneck
+from . import processes
 from .batches import Data, training_and_validation
 from .loop import History, Loop, MakeOptimizer, MakeScheduler, Options, last
 
@@ -61,8 +62,8 @@ def finetune(
     Frozen parameters are checked, not just marked: they are in no optimiser, have no gradient after any backward pass,
     and at the end their bits are what they were. Afterwards every ``requires_grad`` is as before.
 
-    Interrupting, resuming and several processes work as in :func:`pretrain`. A model in DistributedDataParallel or
-    sharded by FSDP2 (``fully_shard``) is taken as it is; any other has its gradients averaged.
+    Interrupting, resuming and several processes work as in :func:`pretrain`; of DistributedDataParallel, the model
+    inside is taken.
 
     Args:
         model: any model.
@@ -80,6 +81,7 @@ def finetune(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    model = processes.unwrapped(model)
     if not callable(loss):
         raise TypeError(f"loss: expected a function of output and target, got {type(loss).__name__}")
     options = Options(

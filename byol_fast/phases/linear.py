@@ -66,12 +66,14 @@ def _axes(module: Bottleneck, pca: StreamingPCA) -> Tensor:
     return axes
 
 
+@torch.no_grad()
 def set_optimum_(module: Bottleneck, pca: StreamingPCA) -> None:
     """Set a linear bottleneck to its optimum."""
     axes = _axes(module, pca)
     module.assign_(axes, axes.T, -axes @ pca.mean_, pca.mean_)
 
 
+@torch.no_grad()
 def alternate_(module: Bottleneck, pca: StreamingPCA) -> None:
     """One round for a linear bottleneck: the best decoder for its encoder, then the best encoder for that decoder.
 

@@ -180,7 +180,7 @@ class Loop:
                     self._check_finite(float(loss.detach()))
                 self.scaler.scale(loss * weight).backward()
                 self.after_backward()
-                if processes.size() > 1 and not processes.is_averaging(self.module):
+                if processes.size() > 1 and not processes.is_sharded(self.module):
                     processes.average_gradients_(half)
                 if self.options.clip_norm is not None:
                     self.scaler.unscale_(self.optimizer)

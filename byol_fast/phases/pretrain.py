@@ -87,7 +87,9 @@ def pretrain(
     A resumed run goes on bit-equal to one that was never stopped, as far as randomness comes from torch's generators.
 
     With ``torch.distributed`` initialised, every process calls this with the same module and data, and works on its
-    share of each batch; a DataLoader gives each process batches of its own. The first process writes the checkpoint.
+    share of each batch; a DataLoader gives each process batches of its own. Gradients and covariances are averaged over
+    all rows, so the result is that of one process. A module sharded by FSDP2 (``fully_shard``) stays sharded. The first
+    process writes the checkpoint, which is whole.
 
     Args:
         module: a :class:`byol_fast.Bottleneck`, or any module with a method ``reconstruction_loss``.
@@ -116,6 +118,7 @@ def pretrain(
         TypeError, ValueError: an argument does not fit; the message names it.
         FloatingPointError: the loss became NaN or infinite. The last checkpoint is from before.
     """
+    module = processes.unwrapped(module)
     if not isinstance(module, nn.Module) or not hasattr(module, "reconstruction_loss"):
         raise TypeError(f"module: expected a module with a reconstruction_loss, got {type(module).__name__}")
     if method not in _METHODS:

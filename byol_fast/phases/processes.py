@@ -17,7 +17,6 @@ __all__ = [
     "average_gradients_",
     "gathered",
     "guarded",
-    "is_averaging",
     "is_sharded",
     "load_whole_state",
     "method",
@@ -72,14 +71,9 @@ def is_sharded(module: nn.Module) -> bool:
     return any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
 
 
-def is_averaging(module: nn.Module) -> bool:
-    """Whether the module averages its gradients over the processes by itself."""
-    return isinstance(module, nn.parallel.DistributedDataParallel) or is_sharded(module)
-
-
 def synchronize_(module: nn.Module) -> None:
     """Start every process from the parameters and buffers of the first."""
-    if size() > 1 and not is_averaging(module):
+    if size() > 1 and not is_sharded(module):
         with guarded():
             for tensor in (*module.parameters(), *module.buffers()):
                 distributed.broadcast(tensor.detach(), 0)
@@ -108,7 +102,7 @@ def method(module: nn.Module, name: str) -> Callable[..., Tensor]:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel, whose state dict has the names that one process uses."""
+    """The module inside DistributedDataParallel, which would wait for gradients of what we freeze."""
     return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
 
 
@@ -120,7 +114,7 @@ def whole_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[di
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         with guarded():
             return get_state_dict(module, optimizer, options=options)
-    return unwrapped(module).state_dict(), optimizer.state_dict()
+    return module.state_dict(), optimizer.state_dict()
 
 
 def load_whole_state(
@@ -135,5 +129,5 @@ def load_whole_state(
             module, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=options
         )
     else:
-        unwrapped(module).load_state_dict(model_state)
+        module.load_state_dict(model_state)
         optimizer.load_state_dict(optimizer_state)
