@@ -82,8 +82,8 @@ class Native:
         if call.dtype == torch.float16:
             return None
         if call.dtype == torch.bfloat16:
-            if call.operation == "bottleneck" or call.rank > 128 or call.rows < 32 * call.rank:
-                return "PyTorch's bfloat16 products are faster, but for the loss with rank ≤ 128 and rows ≥ 32·rank"
+            if call.operation == "bottleneck" or call.rows < 32 * call.rank:
+                return "PyTorch's bfloat16 products are faster, but for the loss of at least 32·rank rows"
             return None
         if call.rows < 16 * call.rank:
             return "PyTorch is faster on fewer rows than 16·rank"
