@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from contract import BACKENDS
 
 import byol_fast as bf
-
-BACKENDS = [name for name, status in bf.backends().items() if status.available]
 
 
 @pytest.fixture(params=BACKENDS)

@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from byol_fast import reference
+from byol_fast import backends, reference
 
 FLOOR = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 2e-3, torch.float16: 3e-4}
 FACTOR = {torch.float32: 2.0, torch.float64: 2.0, torch.bfloat16: 1.05, torch.float16: 1.05}
 DTYPES = list(FLOOR)
 ACTIVATIONS = list(reference.ACTIVATIONS)
+# Of this machine.
+BACKENDS = [name for name, status in backends().items() if status.available]
 RATIOS = [1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
 
 

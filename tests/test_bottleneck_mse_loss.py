@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import BACKENDS
-from contract import ACTIVATIONS, DTYPES, RATIOS, Operands, assert_all, make_operands, results
+from contract import ACTIVATIONS, BACKENDS, DTYPES, RATIOS, Operands, assert_all, make_operands, results
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
