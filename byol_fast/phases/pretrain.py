@@ -84,6 +84,7 @@ def pretrain(
     * ``"auto"``: exact where there is a closed solution, else joint.
 
     Ctrl-C finishes the step under way, writes the checkpoint and raises KeyboardInterrupt; a second one stops at once.
+    The pass for the covariance, which comes before the first step, has no checkpoint: Ctrl-C stops it at once.
     A resumed run goes on bit-equal to one that was never stopped, as far as randomness comes from torch's generators.
 
     With ``torch.distributed`` initialised, every process calls this with the same module and data, and works on its

@@ -6,6 +6,7 @@ that a run of several processes computes what a run of one does. A DataLoader gi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -18,6 +19,7 @@ __all__ = [
     "gathered",
     "guarded",
     "is_sharded",
+    "launched",
     "load_whole_state",
     "method",
     "rank",
@@ -37,6 +39,21 @@ def size() -> int:
 def rank() -> int:
     """Which of them this one is."""
     return distributed.get_rank() if size() > 1 else 0
+
+
+@contextmanager
+def launched() -> Iterator[None]:
+    """Join the processes that ``torchrun`` has started, if this is one of them, and part from them at the end."""
+    if not distributed.is_available() or not distributed.is_torchelastic_launched() or distributed.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 @contextmanager

@@ -96,6 +96,23 @@ def test_a_process_that_dies_is_an_error_and_the_checkpoint_is_whole(tmp_path):
     bf.Bottleneck(64, 6).load_state_dict(state["model"])
 
 
+def test_torchrun_starts_processes_that_find_each_other(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch, byol_fast as bf\n"
+        "from byol_fast.phases import processes\n"
+        "with processes.launched():\n"
+        "    layer = bf.Bottleneck(8, 2)\n"
+        "    bf.pretrain(layer, torch.arange(240.0).sin().reshape(30, 8), checkpoint=sys.argv[1])\n"
+        "    print('processes', processes.size())\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = subprocess.run([*command, str(script), str(tmp_path / "run.pt")], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("processes 2") == 2
+    assert torch.load(tmp_path / "run.pt")["phase"]["processes"] == 2
+
+
 def test_ctrl_c_in_one_process_stops_all_at_the_same_step(tmp_path):
     assert launched("interrupted", tmp_path) == ["interrupted", "interrupted"]
     state = torch.load(tmp_path / "run.pt", weights_only=True)
