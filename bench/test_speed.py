@@ -31,7 +31,7 @@ def test_speed(case: Case, benchmark: BenchmarkFixture, request: pytest.FixtureR
     report = judge(runs, case.truth(tensors), case.outputs(tensors))
     assert report[OURS]["refused"] is None, report[OURS]["refused"]
     judged = {name: run for name, run in runs.items() if report[name]["refused"] is None}
-    seconds = 0.2 if request.config.getoption("--quick") else 4.0
+    seconds = 0.2 if request.config.getoption("--quick") else 3.0
     calls, rounds = plan(judged.values(), seconds)
     samples = interleave(judged, benchmark, calls, rounds)
     for name, times in samples.items():
