@@ -18,13 +18,16 @@ namespace byol::BYOL_ISA {
 // Columns of a wide result that are formed at a time.
 constexpr int64_t kOutputCols = 32 * kTileRows;
 
-// Y = A·B for a narrow A and a wide B, block of columns by block of columns: emit(row, first column, values, count).
+// Y = A·B (+ a bias unless null) for a narrow A and a wide B, block of columns by block of columns: emit(row, first column,
+// values, count).
 template <class S, class Emit>
-void expand(const Blocks<S>& a, int64_t rows, const Panels<S>& b, int64_t cols, Pointer<S> scratch, const Emit& emit) {
+void expand(const Blocks<S>& a, int64_t rows, const Panels<S>& b, int64_t cols, const typename Same<S>::type* bias,
+            Pointer<S> scratch, const Emit& emit) {
   for (int64_t col = 0; col < cols; col += kOutputCols) {
     const int64_t count = min(kOutputCols, cols - col);
     const Panels<S> block{b.panel(col / kCols<S>), b.rows, round_up(count, kCols<S>)};
-    multiply(a, block, scratch, kOutputCols);
+    if (bias) fill_rows<S>(scratch, kOutputCols, a.rows, bias + col, count);
+    multiply(a, block, scratch, kOutputCols, bias ? Into::begin : Into::store);
     for (int64_t r = 0; r < rows; ++r) emit(r, col, scratch + r * kOutputCols, count);
   }
 }
@@ -56,24 +59,23 @@ void forward(const ForwardArgs& args) {
     Buffer<S> code_blocks(Blocks<S>::size(height, K)), scratch(height * kOutputCols);
     for_each_tile(args, thread, threads, height, [&](int64_t first, int64_t rows) {
       const View<T> input = input_view<T>(args).slice(first, rows);
-      multiply(pack_blocks(input, input_blocks), encoder, code, stride);
+      fill_rows<S>(code, stride, round_up(rows, kTileRows), encoder_bias, K);
+      multiply(pack_blocks(input, input_blocks), encoder, code, stride, Into::begin);
       for (int64_t r = 0; r < rows; ++r) {
         S* row = code + r * stride;
-        for (int64_t k = 0; k < K; ++k) row[k] += encoder_bias[k];
         if (args.preactivation)
           std::memcpy(static_cast<S*>(args.preactivation) + (first + r) * K, row, K * sizeof(S));
         // In place is fine: each element is read before it is written.
         activate<S>(args.activation, row, row, nullptr, K);
       }
       const Blocks<S> codes = pack_blocks<S>({code, stride, 1, rows, K}, code_blocks);
-      expand(codes, rows, decoder, args.out_features, scratch, [&](int64_t r, int64_t col, const S* values, int64_t n) {
+      expand(codes, rows, decoder, args.out_features, decoder_bias, scratch, [&](int64_t r, int64_t col, const S* values, int64_t n) {
         const T* x = input.data + r * input.row_stride + col;
         T* out = static_cast<T*>(args.output) + (first + r) * args.out_features + col;
-        const S* bias = decoder_bias + col;
         if (args.residual)
-          for (int64_t j = 0; j < n; ++j) out[j] = store<T>(values[j] + bias[j] + load(x[j]));
+          for (int64_t j = 0; j < n; ++j) out[j] = store<T>(values[j] + load(x[j]));
         else
-          for (int64_t j = 0; j < n; ++j) out[j] = store<T>(values[j] + bias[j]);
+          for (int64_t j = 0; j < n; ++j) out[j] = store<T>(values[j]);
       });
     });
   });
@@ -112,7 +114,7 @@ void step_input_gradients(const InputGradientArgs& args) {
         }
         const View<T> input = input_view<T>(args).slice(first, rows);
         const Blocks<S> a = pack_blocks<S>({left, inner, 1, rows, inner}, blocks);
-        expand(a, rows, input_weights, args.in_features, scratch, [&](int64_t r, int64_t col, const S* values, int64_t n) {
+        expand(a, rows, input_weights, args.in_features, nullptr, scratch, [&](int64_t r, int64_t col, const S* values, int64_t n) {
           const T* x = input.data + r * input.row_stride + col;
           T* out = static_cast<T*>(args.d_input) + (first + r) * args.in_features + col;
           const S* bias = decoder_bias + col;
@@ -125,11 +127,10 @@ void step_input_gradients(const InputGradientArgs& args) {
       if (args.d_target) {
         const View<T> target = view<T>(args.target.data ? args.target : args.input, args.rows, args.out_features);
         const Blocks<S> a = pack_blocks<S>({code, K, 1, rows, K}, blocks);
-        expand(a, rows, target_weights, args.out_features, scratch, [&](int64_t r, int64_t col, const S* values, int64_t n) {
+        expand(a, rows, target_weights, args.out_features, decoder_bias, scratch, [&](int64_t r, int64_t col, const S* values, int64_t n) {
           const T* t = target.data + (first + r) * target.row_stride + col;
           T* out = static_cast<T*>(args.d_target) + (first + r) * args.out_features + col;
-          const S* bias = decoder_bias + col;
-          for (int64_t j = 0; j < n; ++j) out[j] = store<T>(scale * (load(t[j]) - bias[j] - values[j]));
+          for (int64_t j = 0; j < n; ++j) out[j] = store<T>(scale * (load(t[j]) - values[j]));
         });
       }
     });
@@ -204,7 +205,7 @@ class Backward {
                             panels(slope, rows, panel_data), sums(w.encoder_sums, args.in_features));
       if (!args.d_input) return;
       const Blocks<S> slopes = pack_blocks<S>({slope, stride, 1, rows, K}, slope_blocks);
-      expand(slopes, rows, encoder, args.in_features, scratch, [&](int64_t r, int64_t col, const S* values, int64_t n) {
+      expand(slopes, rows, encoder, args.in_features, nullptr, scratch, [&](int64_t r, int64_t col, const S* values, int64_t n) {
         const T* g = grad.data + r * grad.row_stride + col;
         T* out = static_cast<T*>(args.d_input) + (first + r) * args.in_features + col;
         if (args.residual)

@@ -177,6 +177,12 @@ void pack_panels(const View<T>& source, const Panels<Acc<T>>& panels, int64_t fi
   }
 }
 
+// The first `rows` rows of C become copies of one row, for sums to begin with.
+template <class S>
+void fill_rows(S* c, int64_t ldc, int64_t rows, const S* row, int64_t count) {
+  for (int64_t r = 0; r < rows; ++r) std::memcpy(c + r * ldc, row, count * sizeof(S));
+}
+
 // Zeros rows beyond `rows` and columns beyond `cols`.
 template <class S>
 void zero_padding(const Panels<S>& panels, int64_t rows, int64_t cols) {
@@ -191,15 +197,23 @@ void zero_padding(const Panels<S>& panels, int64_t rows, int64_t cols) {
   }
 }
 
+// What a product does with what C holds: overwrite it, add to it, or begin the sum with it. A bias is where a sum begins:
+// added to a rounded sum, it would be rounded the same way in every row, which does not average out over rows.
+enum class Into { store, add, begin };
+
 // c[0…R, 0…kCols] (+)= Σ over `depth` of the outer products of A (or Aᵀ) with B. `depth` is a multiple of R; `stride` leads
 // from one block of A to the next along the sum.
 template <class S, bool kTransposed>
-inline void register_tile(const S* a, int64_t stride, const S* b, int64_t depth, S* c, int64_t ldc, bool add) {
+inline void register_tile(const S* a, int64_t stride, const S* b, int64_t depth, S* c, int64_t ldc, Into into) {
   typedef S Vector __attribute__((vector_size(BYOL_VECTOR_BYTES), aligned(alignof(S)), may_alias));
   constexpr int R = kTileRows, L = kLanes<S>, C = kCols<S>;
   Vector sum[R][2];
 #pragma GCC unroll 16
-  for (int i = 0; i < R; ++i) sum[i][0] = sum[i][1] = Vector{};
+  for (int i = 0; i < R; ++i) {
+    const Vector* start = reinterpret_cast<const Vector*>(c + i * ldc);
+    sum[i][0] = into == Into::begin ? start[0] : Vector{};
+    sum[i][1] = into == Into::begin ? start[1] : Vector{};
+  }
   for (int64_t block = 0; block < depth; block += R, a += stride) {
     for (int k = 0; k < R; ++k, b += C) {
       const S* column = kTransposed ? a + k * R : a + k;
@@ -215,20 +229,20 @@ inline void register_tile(const S* a, int64_t stride, const S* b, int64_t depth,
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) {
     Vector* out = reinterpret_cast<Vector*>(c + i * ldc);
-    out[0] = add ? out[0] + sum[i][0] : sum[i][0];
-    out[1] = add ? out[1] + sum[i][1] : sum[i][1];
+    out[0] = into == Into::add ? out[0] + sum[i][0] : sum[i][0];
+    out[1] = into == Into::add ? out[1] + sum[i][1] : sum[i][1];
   }
 }
 
-// C[a.rows, b.cols] = A·B, row-major with row stride ldc, or added to it.
+// C[a.rows, b.cols] = A·B, row-major with row stride ldc; or added to it, or begun with it.
 template <class S>
-void multiply(const Blocks<S>& a, const Panels<S>& b, Pointer<S> c, int64_t ldc, bool add = false) {
+void multiply(const Blocks<S>& a, const Panels<S>& b, Pointer<S> c, int64_t ldc, Into into = Into::store) {
   for (int64_t depth = 0; depth < a.cols; depth += kDepth) {
     const int64_t steps = min(kDepth, a.cols - depth);
     for (int64_t j = 0; j < b.count(); ++j)
       for (int64_t row = 0; row < a.rows; row += kTileRows)
         register_tile<S, false>(a.data + row * a.cols + depth * kTileRows, kTileRows * kTileRows, b.row(depth, j), steps,
-                                c + row * ldc + j * kCols<S>, ldc, add || depth > 0);
+                                c + row * ldc + j * kCols<S>, ldc, depth > 0 ? Into::add : into);
   }
 }
 
@@ -240,7 +254,7 @@ void multiply_transposed(const Blocks<S>& a, const Panels<S>& b, const Panels<S>
     for (int64_t j = 0; j < b.count(); ++j)
       for (int64_t col = 0; col < a.cols; col += kTileRows)
         register_tile<S, true>(a.data + depth * a.cols + col * kTileRows, a.stride(), b.row(depth, j), steps,
-                               c.row(col, j), kCols<S>, true);
+                               c.row(col, j), kCols<S>, Into::add);
   }
 }
 

@@ -139,9 +139,12 @@ class Step {
     gram_data.allocate_zeros(Panels<S>::size(K, K));
     gram = Panels<S>::over(gram_data, K, K);
     gram_low.allocate(K * K);
-    bias_code.allocate(K);
+    product_start.allocate_zeros(input_weights.padded_cols());
+    std::memcpy(product_start, encoder_bias, K * sizeof(S));
+    code_offset.allocate(K);
     for (int64_t j = 0; j < K; ++j) {
-      bias_code[j] = bias_sums[j];
+      // The product of tied weights has the encoder's bias in it, too.
+      code_offset[j] = bias_sums[j] + (tied && !separate ? double(encoder_bias[j]) : 0.0);
       for (int64_t k = 0; k < K; ++k) {
         *gram.at(j, k) = S(*products.at(j, k));
         gram_low[j * K + k] = *products.at(j, k) - double(*gram.at(j, k));
@@ -206,9 +209,11 @@ class Step {
 
   void run_tile(Worker& w, const Tile& tile) {
     w.input.pack(input_view<T>(args).slice(tile.first, tile.rows));
+    fill_rows<S>(w.product, input_weights.padded_cols(), tile.padded, product_start, input_weights.padded_cols());
     w.input.multiply(input_weights, w.product);
     if (separate) {
       w.target.pack(target_view().slice(tile.first, tile.rows));
+      std::memset(w.target_product, 0, tile.padded * target_weights.padded_cols() * sizeof(S));
       w.target.multiply(target_weights, w.target_product);
     }
     encode(w, tile);
@@ -223,10 +228,8 @@ class Step {
   // Z = f(U) and f′(U); the padding rows of Z are zero.
   void encode(Worker& w, const Tile& tile) {
     for (int64_t r = 0; r < tile.rows; ++r) {
-      S* row = w.error + r * code_stride();
       const S* product = w.product + r * input_weights.padded_cols();
-      for (int64_t k = 0; k < K; ++k) row[k] = product[k] + encoder_bias[k];
-      activate(args.activation, row, w.code + r * code_stride(), wants_slope ? w.slope + r * code_stride() : nullptr, K);
+      activate(args.activation, product, w.code + r * code_stride(), wants_slope ? w.slope + r * code_stride() : nullptr, K);
       if (args.code) std::memcpy(static_cast<S*>(args.code) + (tile.first + r) * K, w.code + r * code_stride(), K * sizeof(S));
     }
     for (int64_t r = tile.rows; r < tile.padded; ++r) std::memset(w.code + r * code_stride(), 0, K * sizeof(S));
@@ -245,9 +248,9 @@ class Step {
       S* e = w.error + r * code_stride();
       double row_cross = 0;
       for (int64_t k = 0; k < K; ++k) {
-        const S q = S(double(product[k]) - bias_code[k]);
-        e[k] = S(double(e[k]) + w.lost[k]) - q;
-        row_cross += double(z[k]) * double(e[k] - q);
+        const double q = double(product[k]) - code_offset[k], error = double(e[k]) + w.lost[k] - q;
+        e[k] = S(error);
+        row_cross += double(z[k]) * (error - q);
       }
       cross += row_cross;
     }
@@ -321,13 +324,14 @@ class Step {
     for (int64_t col = 0; col < args.out_features; col += kResidualCols) {
       const int64_t cols = min(kResidualCols, args.out_features - col);
       const Panels<S> block{rows.panel(col / kCols<S>), rows.rows, round_up(cols, kCols<S>)};
-      multiply(code, block, w.residual, kResidualCols);
+      fill_rows<S>(w.residual, kResidualCols, tile.padded, decoder_bias + col, cols);
+      multiply(code, block, w.residual, kResidualCols, Into::begin);
       for (int64_t r = 0; r < tile.rows; ++r) {
         S* residual = w.residual + r * kResidualCols;
         const T* t = row_of(targets, tile.first + r) + col;
         double sum = 0;
         for (int64_t j = 0; j < cols; ++j) {
-          residual[j] += decoder_bias[col + j] - load(t[j]);
+          residual[j] -= load(t[j]);
           sum += double(residual[j]) * double(residual[j]);
           if (args.d_decoder_bias) w.residual_sum[col + j] += double(residual[j]);
         }
@@ -346,7 +350,7 @@ class Step {
   void add_error(Worker& w, const Blocks<S>& residual, const Panels<S>& decoder, int64_t col) {
     for (int64_t j = 0; j < decoder.count(); ++j) {
       const Panels<S> panel{decoder.row(col, j), residual.cols, kCols<S>};
-      multiply(residual, panel, w.error + j * kCols<S>, code_stride(), col > 0);
+      multiply(residual, panel, w.error + j * kCols<S>, code_stride(), col > 0 ? Into::add : Into::store);
     }
   }
 
@@ -502,7 +506,8 @@ class Step {
   const int threads;
   const int64_t K;
   Buffer<S> encoder_bias, decoder_bias, gram_data;
-  Buffer<double> bias_code, gram_low;
+  Buffer<S> product_start;                // what a row of X·[Weᵀ, Wd] begins with: [be, 0]
+  Buffer<double> code_offset, gram_low;
   Right<T> input_weights, target_weights;
   Panels<S> gram{};
 };

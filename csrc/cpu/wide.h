@@ -44,9 +44,9 @@ class Left {
  public:
   void allocate(int64_t rows, int64_t cols) { data_.allocate(Blocks<S>::size(rows, cols)); }
   void pack(const View<T>& tile) { blocks_ = pack_blocks(tile, data_); }
-  // out = T·W, row-major.
+  // out = T·W, row-major, begun with what out holds.
   void multiply(const Right<T>& weights, S* out) const {
-    byol::BYOL_ISA::multiply(blocks_, weights.panels(), out, weights.padded_cols());
+    byol::BYOL_ISA::multiply(blocks_, weights.panels(), out, weights.padded_cols(), Into::begin);
   }
   // sums += Tᵀ·V.
   void multiply_transposed(const Right<T>& values, const Panels<S>& sums) const {
@@ -70,11 +70,14 @@ inline bf16 to_bf16(float x) { return store<bf16>(x); }
 // c[0…R, 0…kCols] (+)= the sum over `pairs` of A's pairs with B's. Pair k of A's row i is at a[i·row_step + k·pair_step]
 // within a block of R/2 pairs; `stride` leads to the next block.
 template <int kRowStep, int kPairStep>
-inline void pair_tile(const Pair* a, int64_t stride, const Pair* b, int64_t pairs, float* c, int64_t ldc, bool add) {
+inline void pair_tile(const Pair* a, int64_t stride, const Pair* b, int64_t pairs, float* c, int64_t ldc, Into into) {
   constexpr int R = kTileRows, L = kLanes<float>, C = kCols<float>;
   __m512 sum[R][2];
 #pragma GCC unroll 16
-  for (int i = 0; i < R; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
+  for (int i = 0; i < R; ++i) {
+    sum[i][0] = into == Into::begin ? _mm512_loadu_ps(c + i * ldc) : _mm512_setzero_ps();
+    sum[i][1] = into == Into::begin ? _mm512_loadu_ps(c + i * ldc + L) : _mm512_setzero_ps();
+  }
   for (int64_t block = 0; block < pairs; block += R / 2, a += stride) {
     for (int k = 0; k < R / 2; ++k, b += C) {
       const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b), b1 = (__m512bh)_mm512_loadu_si512(b + L);
@@ -89,6 +92,7 @@ inline void pair_tile(const Pair* a, int64_t stride, const Pair* b, int64_t pair
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) {
     float* out = c + i * ldc;
+    const bool add = into == Into::add;
     _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), sum[i][0]) : sum[i][0]);
     _mm512_storeu_ps(out + L, add ? _mm512_add_ps(_mm512_loadu_ps(out + L), sum[i][1]) : sum[i][1]);
   }
@@ -162,7 +166,7 @@ class Left<bf16> {
       for (int64_t j = 0; j < weights.panel_count(); ++j)
         for (int64_t row = 0; row < rows_; row += R)
           pair_tile<R / 2, 1>(by_column_ + (row * cols_ + depth * R) / 2, R * R / 2, weights.panel(j, depth / 2), steps / 2,
-                              out + row * ldc + j * kCols<float>, ldc, depth > 0);
+                              out + row * ldc + j * kCols<float>, ldc, depth > 0 ? Into::add : Into::begin);
     }
   }
 
@@ -170,7 +174,7 @@ class Left<bf16> {
     for (int64_t j = 0; j < values.panel_count(); ++j)
       for (int64_t col = 0; col < cols_; col += R)
         pair_tile<1, R>(by_row_ + col * R / 2, cols_ * R / 2, values.panel(j, 0), rows_ / 2, sums.row(col, j), kCols<float>,
-                        true);
+                        Into::add);
   }
 
  private:
