@@ -18,7 +18,6 @@ from .._version import __version__
 from ..backends import backends
 from ..data import read_matrix
 from ..files import replacing
-from ..functional import explain
 from . import digits, photographs
 from .figure import Panel, draw
 from .ranks import RankResult, curve_of, result_at
@@ -75,12 +74,10 @@ def _ranks_for(features: int) -> tuple[int, ...]:
 
 
 def _record(results: Sequence[RankResult]) -> dict[str, object]:
-    probe = torch.zeros(1, 1)
     return {
         "command": "byol-fast demo",
         "byol_fast": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "backend": str(explain(probe, probe)),
         "results": [result.as_dict() for result in results],
     }

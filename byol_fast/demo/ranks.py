@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..curve import YieldCurve
+from ..functional import explain
 from ..nn import Bottleneck
 from ..pca import StreamingPCA
 from ..phases import pretrain
@@ -33,6 +34,7 @@ class RankResult:
     best: float
     eager_ms: float
     ours_ms: float
+    backend: str
     dense_accuracy: float | None = None
     accuracy: float | None = None
 
@@ -54,11 +56,13 @@ def result_at(name: str, rows: Tensor, rank: int, curve: YieldCurve) -> tuple[Ra
     layer = Bottleneck(features, rank)
     pretrain(layer, rows)
     reached = measured_yield(layer, rows, curve)
-    eager, ours = step_times(layer, rows[:_BATCH].to(torch.float32))
+    batch = rows[:_BATCH].to(torch.float32)
+    eager, ours = step_times(layer, batch)
+    backend = explain(batch, layer.encoder.weight, layer.decoder.weight).backend
     # Of the weights of a dense layer with as many inputs and outputs.
     share = 2 * rank / features
     print(f"  rank {rank:4}: yield {reached:.2%}, best possible {curve.yield_at(rank):.2%}")
-    return RankResult(name, rank, share, reached, curve.yield_at(rank), eager * 1e3, ours * 1e3), layer
+    return RankResult(name, rank, share, reached, curve.yield_at(rank), eager * 1e3, ours * 1e3, backend), layer
 
 
 @torch.no_grad()

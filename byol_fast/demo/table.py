@@ -19,6 +19,7 @@ _COLUMNS = (
     "step eager",
     "step ours",
     "speed-up",
+    "backend",
 )
 
 
@@ -45,4 +46,5 @@ def _cells(result: RankResult) -> tuple[str, ...]:
         f"{result.eager_ms:.2f} ms",
         f"{result.ours_ms:.2f} ms",
         f"{result.eager_ms / result.ours_ms:.1f}×",
+        result.backend,
     )
