@@ -104,6 +104,7 @@ def test_explain_tells_backend_form_and_reason(backend: str, tied: bool) -> None
         ((4096, 256, 8), torch.float32, "measured fastest on such calls"),
         ((16, 256, 8), torch.float32, "native: PyTorch is faster on so small a product"),
         ((2048, 1024, 256), torch.float32, "native: PyTorch is faster on fewer rows than 16·rank"),
+        ((4096, 64, 48), torch.float32, "native: PyTorch is faster at a rank above half of the features"),
         ((1024, 512, 64), torch.bfloat16, "native: PyTorch's bfloat16 products are faster"),
     ],
     ids=str,

@@ -81,6 +81,8 @@ class Native:
             return "PyTorch is faster on so small a product"
         if call.dtype == torch.float16:
             return None
+        if 2 * call.rank > max(call.in_features, call.out_features):
+            return "PyTorch is faster at a rank above half of the features"
         if call.dtype == torch.bfloat16:
             if call.operation == "bottleneck" or call.rows < 32 * call.rank:
                 return "PyTorch's bfloat16 products are faster, but for the loss of at least 32·rank rows"
