@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -37,6 +38,7 @@ def test_compiled_equals_eager(backend: str, tied: bool, dynamic: bool) -> None:
             torch.testing.assert_close(ours[name], eager[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's compiler for CPUs needs g++")
 def test_inductor(backend: str) -> None:
     torch._dynamo.reset()
     operands = make_operands(23, 11, 5)
