@@ -127,10 +127,11 @@ void step_input_gradients(const InputGradientArgs& args) {
       if (args.d_target) {
         const View<T> target = view<T>(args.target.data ? args.target : args.input, args.rows, args.out_features);
         const Blocks<S> a = pack_blocks<S>({code, K, 1, rows, K}, blocks);
-        expand(a, rows, target_weights, args.out_features, decoder_bias, scratch, [&](int64_t r, int64_t col, const S* values, int64_t n) {
+        expand(a, rows, target_weights, args.out_features, nullptr, scratch, [&](int64_t r, int64_t col, const S* values, int64_t n) {
           const T* t = target.data + (first + r) * target.row_stride + col;
           T* out = static_cast<T*>(args.d_target) + (first + r) * args.out_features + col;
-          for (int64_t j = 0; j < n; ++j) out[j] = store<T>(scale * (load(t[j]) - values[j]));
+          const S* bias = decoder_bias + col;
+          for (int64_t j = 0; j < n; ++j) out[j] = store<T>(scale * (load(t[j]) - bias[j] - values[j]));
         });
       }
     });

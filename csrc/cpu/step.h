@@ -4,11 +4,11 @@
 //
 // Gram form, for each tile of rows:
 //   Q = T Wd − bd Wd,  E = Z G − Q with G = Wdᵀ Wd,  Σ R² = Σ A² + Σ Z ⊙ (E − Q),  dU = E ⊙ f′(U)
-//   dWe = dUᵀ X,  dWd = Wd (ZᵀZ) − TᵀZ + bd (Σz)ᵀ,  dbe = Σ dU,  dbd = Wd Σz + N bd − Σ t
+//   dWe = dUᵀ X,  dWd = Wd (ZᵀZ) − TᵀZ + bd (Σz)ᵀ,  dbe = Σ dU,  dbd = Wd Σz − Σ a
 // When T is X, U and Q are one product X·[Weᵀ, Wd] and the weight gradients are one product Xᵀ·[Z, dU]; tied weights need
 // no second half: Q follows from U, and dWe + dWdᵀ = (dU − Z)ᵀX + (ZᵀZ) We + (Σz) bdᵀ.
 //
-// Direct form, for tiles whose Σ R² < τ Σ A² (there the Gram form would cancel):
+// Direct form, for tiles whose Σ R² < τ Σ T² (there the Gram form would cancel):
 //   R in blocks of columns,  Σ R²,  E = R Wd,  dWd += Rᵀ Z,  dbd += Σ R
 #pragma once
 
@@ -67,13 +67,12 @@ class Step {
   // What one thread owns.
   struct Worker {
     double total = 0;
-    int64_t gram_rows = 0;
     Left<T> input, target;                                      // packed tiles of X and T
     Right<T> values, target_values;                             // V, the right operands of Xᵀ·V and Tᵀ·V
     Buffer<S> product, target_product, code, slope, error, code_blocks, code_panels;
     Buffer<S> input_sums, target_sums, code_products;           // Xᵀ·V, Tᵀ·V, ZᵀZ
-    Buffer<double> code_sum, slope_sum, target_sum;             // Σz, Σ dU, Σt
-    Buffer<S> tile_sum;                                         // Σt of one tile
+    Buffer<double> code_sum, slope_sum, target_sum;             // Σz, Σ dU, Σa
+    Buffer<S> tile_sum;                                         // Σa of one tile
     Buffer<double> tile_code_sum, lost;                         // Σz of one tile, and its mean times G's rounding
     Buffer<S> residual, residual_blocks, residual_code;         // direct form only: R, packed R, Rᵀ·Z
     Buffer<S> decoder_panels, decoder_rows;                     // direct form only: Wd, Wdᵀ
@@ -93,6 +92,7 @@ class Step {
   void prepare() {
     load_bias<T>(args.encoder_bias, K, encoder_bias);
     load_bias<T>(args.decoder_bias, args.out_features, decoder_bias);
+    zeros.allocate_zeros(kStatisticsCols);
     const View<T> encoder = encoder_view<T>(args), decoder = decoder_view<T>(args);
     pack_encoder(encoder, decoder);
     if (separate) {
@@ -239,7 +239,7 @@ class Step {
   bool gram_loss(Worker& w, const Tile& tile) {
     const S* products = separate ? w.target_product : w.product + (joint ? K : 0);
     const int64_t stride = separate ? target_weights.padded_cols() : input_weights.padded_cols();
-    const double energy = target_statistics(w, tile);
+    const Energy energy = target_statistics(w, tile);
     sum_codes(w, tile);
     double cross = 0;
     for (int64_t r = 0; r < tile.rows; ++r) {
@@ -254,11 +254,11 @@ class Step {
       }
       cross += row_cross;
     }
-    const double squared_error = energy + cross;
-    const bool cancels = squared_error < kDirectBelow<T> * energy;
+    const double squared_error = energy.centred + cross;
+    // Q and TᵀZ are made of T, so it is T's energy, biases and all, that the residual must not be too small a part of.
+    const bool cancels = squared_error < kDirectBelow<T> * energy.raw;
     if (args.form == Form::direct || (args.form == Form::automatic && cancels)) return false;
     w.total += squared_error;
-    w.gram_rows += tile.rows;
     return true;
   }
 
@@ -275,23 +275,30 @@ class Step {
 
   static const T* row_of(const View<T>& view, int64_t row) { return view.data + row * view.row_stride; }
 
-  // Σ (t − bd)² of the tile; leaves its Σ t in w.tile_sum.
-  double target_statistics(Worker& w, const Tile& tile) const {
+  // Σ (t − bd)² and Σ t².
+  struct Energy {
+    double centred = 0, raw = 0;
+  };
+
+  // The energies of the tile; leaves its Σ (t − bd) in w.tile_sum.
+  Energy target_statistics(Worker& w, const Tile& tile) const {
     const View<T> targets = target_view();
-    double energy = 0;
+    Energy energy;
     if (args.d_decoder_bias) std::memset(w.tile_sum, 0, args.out_features * sizeof(S));
     for (int64_t r = 0; r < tile.rows; ++r) {
       const T* t = row_of(targets, tile.first + r);
       for (int64_t begin = 0; begin < args.out_features; begin += kStatisticsCols) {
         const int64_t count = min(kStatisticsCols, args.out_features - begin);
-        energy += centred_energy(t + begin, decoder_bias + begin, count);
-        if (args.d_decoder_bias) add_to(w.tile_sum + begin, t + begin, count);
+        energy.centred += energy_around(t + begin, decoder_bias + begin, count);
+        if (args.decoder_bias) energy.raw += energy_around(t + begin, zeros, count);
+        if (args.d_decoder_bias) add_to(w.tile_sum + begin, t + begin, decoder_bias + begin, count);
       }
     }
+    if (!args.decoder_bias) energy.raw = energy.centred;
     return energy;
   }
 
-  static double centred_energy(const T* t, const S* bias, int64_t count) {
+  static double energy_around(const T* t, const S* bias, int64_t count) {
     constexpr int kSums = 64;
     S sums[kSums] = {};
     int64_t i = 0;
@@ -309,9 +316,9 @@ class Step {
     return total;
   }
 
-  static void add_to(S* sum, const T* t, int64_t count) {
+  static void add_to(S* sum, const T* t, const S* bias, int64_t count) {
 #pragma GCC ivdep
-    for (int64_t j = 0; j < count; ++j) sum[j] += load(t[j]);
+    for (int64_t j = 0; j < count; ++j) sum[j] += load(t[j]) - bias[j];
   }
 
   // Σ R² and E again, with R formed block of columns by block of columns, and the decoder's gradients.
@@ -324,14 +331,14 @@ class Step {
     for (int64_t col = 0; col < args.out_features; col += kResidualCols) {
       const int64_t cols = min(kResidualCols, args.out_features - col);
       const Panels<S> block{rows.panel(col / kCols<S>), rows.rows, round_up(cols, kCols<S>)};
-      fill_rows<S>(w.residual, kResidualCols, tile.padded, decoder_bias + col, cols);
-      multiply(code, block, w.residual, kResidualCols, Into::begin);
+      multiply(code, block, w.residual, kResidualCols);
       for (int64_t r = 0; r < tile.rows; ++r) {
         S* residual = w.residual + r * kResidualCols;
         const T* t = row_of(targets, tile.first + r) + col;
         double sum = 0;
         for (int64_t j = 0; j < cols; ++j) {
-          residual[j] -= load(t[j]);
+          // In double: a bias may be much larger than the residual, and must cost it no digits.
+          residual[j] = S(double(residual[j]) + (double(decoder_bias[col + j]) - double(load(t[j]))));
           sum += double(residual[j]) * double(residual[j]);
           if (args.d_decoder_bias) w.residual_sum[col + j] += double(residual[j]);
         }
@@ -434,7 +441,6 @@ class Step {
       add(workers[0].code_sum, workers[i].code_sum, K);
       add(workers[0].slope_sum, workers[i].slope_sum, K);
       add(workers[0].target_sum, workers[i].target_sum, args.out_features);
-      workers[0].gram_rows += workers[i].gram_rows;
     }
     if (args.d_encoder_bias)
       for (int64_t k = 0; k < K; ++k) static_cast<S*>(args.d_encoder_bias)[k] = S(workers[0].slope_sum[k]);
@@ -451,7 +457,7 @@ class Step {
   void finish_decoder_bias(Worker* workers) {
     const View<T> decoder = decoder_view<T>(args);
     for (int64_t d = 0; d < args.out_features; ++d) {
-      double sum = double(workers[0].gram_rows) * double(decoder_bias[d]) - workers[0].target_sum[d];
+      double sum = -workers[0].target_sum[d];
       for (int64_t k = 0; k < K; ++k)
         sum += double(load(decoder.data[d * decoder.row_stride + k * decoder.col_stride])) * workers[0].code_sum[k];
       for (int i = 0; i < threads; ++i)
@@ -505,7 +511,7 @@ class Step {
   const bool tied, separate, joint, wants_code, wants_slope;
   const int threads;
   const int64_t K;
-  Buffer<S> encoder_bias, decoder_bias, gram_data;
+  Buffer<S> encoder_bias, decoder_bias, zeros, gram_data;
   Buffer<S> product_start;                // what a row of X·[Weᵀ, Wd] begins with: [be, 0]
   Buffer<double> code_offset, gram_low;
   Right<T> input_weights, target_weights;
