@@ -98,7 +98,7 @@ def test_a_mistake_is_one_line_and_status_2(
     def fail(options: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_info", fail)
+    monkeypatch.setattr(cli.info, "run", fail)
     status, output, errors = run(capsys, "info")
     assert (status, output) == (2, "")
     assert errors == f"byol-fast: {' '.join(str(error).split())}\n"
@@ -108,13 +108,13 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(options: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(cli, "_info", fail)
+    monkeypatch.setattr(cli.info, "run", fail)
     with pytest.raises(AssertionError):
         cli.main(["info"])
 
 
 def test_ctrl_c_ends_with_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_info", lambda options: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(cli.info, "run", lambda options: signal.raise_signal(signal.SIGINT))
     assert run(capsys, "info") == (130, "", "byol-fast: interrupted\n")
 
 
