@@ -1,7 +1,8 @@
 """The registry: which backends there are, which one runs a call, and why.
 
 To add a backend, write one file with an object of the protocol :class:`~byol_fast.backends.base.Kernels` and name it in
-``_REGISTRY``; to have ``auto`` consider it, name it in ``_PREFERENCE``.
+``_REGISTRY``; to have ``auto`` consider it, name it in ``_PREFERENCE``. On a GPU, ``auto`` also wants to see it
+verified (:mod:`byol_fast.backends.verified`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from . import verified
 from .base import Backend, Call, Kernels, accumulation_dtype
 from .native import Native
 
@@ -87,8 +89,9 @@ _REGISTRY: dict[str, Backend] = {
         _Absent("cuda", "this version of byol_fast contains no CUDA kernels"),
     )
 }
-# What `auto` tries, fastest first; the reference is what remains.
-_PREFERENCE = ("native",)
+# What `auto` tries on tensors of each kind of device, fastest first; the reference is what remains.
+_PREFERENCE = {"cuda": ("cuda", "triton")}
+_PREFERENCE_ELSEWHERE = ("native",)
 _AUTO = "auto"
 
 
@@ -196,8 +199,14 @@ def _choose_automatically(tensors: Sequence[Tensor], call: Call) -> Choice:
         # A kernel sees one sample at a time; PyTorch's own operations are batched, and differentiate in every mode.
         return Choice("reference", "a torch.func transform is active")
     reasons = []
-    for name in _PREFERENCE:
-        reason = _REGISTRY[name].unavailable() or _REGISTRY[name].declines(call) or _refusal(name, tensors)
+    device = tensors[0].device
+    for name in _PREFERENCE.get(device.type, _PREFERENCE_ELSEWHERE):
+        reason = (
+            _REGISTRY[name].unavailable()
+            or _REGISTRY[name].declines(call)
+            or _refusal(name, tensors)
+            or verified.reason_against(name, call, device)
+        )
         if reason is None:
             return Choice(name, "measured fastest on such calls")
         reasons.append(f"{name}: {reason}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .base import Call, accumulation_dtype
+from .layout import collapse
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "tanh": 5}
@@ -107,7 +108,7 @@ class Native:
         return gram if threshold is None else f"{gram}, direct for row tiles with a residual ratio below {threshold:g}"
 
     def squared_error(self, input: Tensor, target: Tensor) -> Tensor:
-        rows, cols, (x, t) = _collapse(input, target)
+        rows, cols, (x, t) = collapse(input, target)
         total = _native.squared_error(_DTYPES[input.dtype], torch.get_num_threads(), rows, cols, _at(x), _at(t))
         return torch.tensor(total, dtype=accumulation_dtype(input.dtype))
 
@@ -118,7 +119,7 @@ class Native:
             torch.empty_like(tensor) if need else None for tensor, need in zip((input, target), needs, strict=True)
         ]
         present = [output for output in outputs if output is not None]
-        rows, cols, (x, t, *matrices) = _collapse(input, target, *present)
+        rows, cols, (x, t, *matrices) = collapse(input, target, *present)
         # An output that could not be viewed as a matrix was copied: its values go back at the end.
         addresses = iter(matrices)
         d_input, d_target = (_ABSENT if output is None else _at(next(addresses)) for output in outputs)
@@ -370,27 +371,3 @@ def _weight_gradients(input: Tensor, sizes: tuple[int, int, int, int], needs: Se
     shapes = ((rank, in_features), (out_features, rank), (rank,), (out_features,))
     dtype = accumulation_dtype(input.dtype)
     return [input.new_empty(shape, dtype=dtype) if need else None for shape, need in zip(shapes, needs, strict=True)]
-
-
-def _collapse(*tensors: Tensor) -> tuple[int, int, list[Tensor]]:
-    """Tensors of one shape as matrices of one shape with contiguous rows, without a copy where strides allow it.
-
-    Dimensions are visited from the innermost of the first tensor outwards and merged while all tensors step on evenly;
-    two groups at most may remain, the inner one contiguous in every tensor. Else all are copied.
-    """
-    first = tensors[0]
-    order = sorted((d for d in range(first.dim()) if first.shape[d] > 1), key=lambda d: first.stride(d))
-    groups: list[tuple[int, list[int]]] = []
-    for dim in order:
-        size, strides = first.shape[dim], [tensor.stride(dim) for tensor in tensors]
-        if groups and strides == [step * groups[-1][0] for step in groups[-1][1]]:
-            groups[-1] = (groups[-1][0] * size, groups[-1][1])
-        else:
-            groups.append((size, strides))
-    if not groups or any(step != 1 for step in groups[0][1]):
-        groups.insert(0, (1, [1] * len(tensors)))
-    if len(groups) > 2 or (len(groups) == 2 and groups[0][0] == 1):
-        return 1, first.numel(), [tensor.contiguous().view(1, -1) for tensor in tensors]
-    cols = groups[0][0]
-    rows, steps = groups[1] if len(groups) == 2 else (1, [cols] * len(tensors))
-    return rows, cols, [tensor.as_strided((rows, cols), (step, 1)) for tensor, step in zip(tensors, steps, strict=True)]
