@@ -5,7 +5,7 @@ from ._version import __version__
 from .backends import BackendError, backends, use_backend
 from .curve import YieldCurve, allocate_ranks
 from .functional import Explanation, bottleneck, bottleneck_mse_loss, explain, mse_loss
-from .nn import Bottleneck, MSELoss
+from .nn import Bottleneck, BottleneckConv2d, BottleneckEmbedding, MSELoss, merge, replace_linear
 from .pca import StreamingPCA, certificate
 from .phases import FinetuneResult, PretrainResult, deploy, finetune, load, pretrain
 from .svd import truncated_svd
@@ -13,6 +13,8 @@ from .svd import truncated_svd
 __all__ = [
     "BackendError",
     "Bottleneck",
+    "BottleneckConv2d",
+    "BottleneckEmbedding",
     "Explanation",
     "FinetuneResult",
     "MSELoss",
@@ -30,9 +32,11 @@ __all__ = [
     "finetune",
     "functional",
     "load",
+    "merge",
     "mse_loss",
     "nn",
     "pretrain",
+    "replace_linear",
     "truncated_svd",
     "use_backend",
 ]

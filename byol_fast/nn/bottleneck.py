@@ -1,4 +1,4 @@
-"""Layers: a low-rank pair of linear maps and its loss."""
+"""A low-rank pair of linear maps, and its reconstruction loss."""
 
 from __future__ import annotations
 
@@ -7,28 +7,19 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from . import functional, reference
-from .svd import checked_rank, fixed_signs, truncated_svd
+from .. import functional, reference
+from ..svd import checked_rank
+from .factors import (
+    canonical_factors,
+    checked_covariance,
+    checked_mean,
+    checked_size,
+    orthogonal_,
+    principal_factors,
+    principal_rotation,
+)
 
-__all__ = ["Bottleneck", "MSELoss", "TiedDecoder"]
-
-
-class MSELoss(nn.Module):
-    """Mean squared error: a drop-in replacement of :class:`torch.nn.MSELoss`, run by :func:`byol_fast.mse_loss`.
-
-    Args:
-        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
-    """
-
-    def __init__(self, reduction: str = "mean") -> None:
-        super().__init__()
-        self.reduction = reduction
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return functional.mse_loss(input, target, reduction=self.reduction)
-
-    def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}"
+__all__ = ["Bottleneck", "TiedDecoder"]
 
 
 class _HasEncoder(Protocol):
@@ -114,9 +105,9 @@ class Bottleneck(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features = _checked_size("in_features", in_features)
-        self.rank = _checked_size("rank", rank)
-        self.out_features = self.in_features if out_features is None else _checked_size("out_features", out_features)
+        self.in_features = checked_size("in_features", in_features)
+        self.rank = checked_size("rank", rank)
+        self.out_features = self.in_features if out_features is None else checked_size("out_features", out_features)
         if activation not in reference.ACTIVATIONS:
             raise ValueError(f"activation: expected one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
         for name, flag in (("residual", residual), ("tied", tied)):
@@ -143,7 +134,7 @@ class Bottleneck(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start anew, as described above."""
-        _orthogonal_(self.encoder.weight)
+        orthogonal_(self.encoder.weight)
         for bias in (self.encoder.bias, self.decoder.bias):
             if bias is not None:
                 nn.init.zeros_(bias)
@@ -154,7 +145,7 @@ class Bottleneck(nn.Module):
         elif self.out_features == self.in_features:
             self.decoder.weight.copy_(self.encoder.weight.t())
         else:
-            _orthogonal_(self.decoder.weight)
+            orthogonal_(self.decoder.weight)
 
     def encode(self, input: Tensor) -> Tensor:
         """The code: ``[..., in_features]`` → ``[..., rank]``."""
@@ -250,10 +241,10 @@ class Bottleneck(nn.Module):
             raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
         weight = linear.weight
         checked_rank(rank, min(weight.shape), "min(in_features, out_features)")
-        encoder, decoder = _principal_factors(weight.double(), rank, _checked_covariance(covariance, weight))
+        encoder, decoder = principal_factors(weight.double(), rank, checked_covariance(covariance, weight))
         bias = None if linear.bias is None else linear.bias.double()
         if mean is not None:
-            lost = (weight.double() - decoder @ encoder) @ _checked_mean(mean, weight)
+            lost = (weight.double() - decoder @ encoder) @ checked_mean(mean, weight)
             bias = lost if bias is None else bias + lost
         layer = cls(
             linear.in_features,
@@ -306,13 +297,13 @@ class Bottleneck(nn.Module):
             ValueError: the activation is not the identity, or the shape of ``covariance`` or ``mean`` does not fit.
         """
         encoder, encoder_bias, decoder, decoder_bias = self.factors("canonicalize")
-        covariance = _checked_covariance(covariance, self.encoder.weight)
-        center = torch.zeros_like(encoder[0]) if mean is None else _checked_mean(mean, self.encoder.weight)
+        covariance = checked_covariance(covariance, self.encoder.weight)
+        center = torch.zeros_like(encoder[0]) if mean is None else checked_mean(mean, self.encoder.weight)
         if self.tied:
-            new_encoder = _principal_rotation(encoder, covariance) @ encoder
+            new_encoder = principal_rotation(encoder, covariance) @ encoder
             new_decoder = new_encoder.T
         else:
-            new_encoder, new_decoder = _canonical_factors(encoder, decoder, covariance)
+            new_encoder, new_decoder = canonical_factors(encoder, decoder, covariance)
         # The mean of the code moves into the decoder's bias, so that cutting a unit does not shift the output.
         new_bias = decoder_bias + decoder @ (encoder @ center + encoder_bias)
         return self._resized(self.rank).assign_(new_encoder, new_decoder, -new_encoder @ center, new_bias)
@@ -388,75 +379,3 @@ def _is_hooked(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
-
-
-def _checked_size(name: str, size: int) -> int:
-    if not isinstance(size, int):
-        raise TypeError(f"{name}: expected an integer, got {type(size).__name__}")
-    if size < 1:
-        raise ValueError(f"{name}: expected an integer ≥ 1, got {size}")
-    return size
-
-
-def _orthogonal_(weight: Tensor) -> None:
-    """Orthonormal rows, or columns if there are fewer; in float32 at least, because QR has no half precision."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    weight.copy_(nn.init.orthogonal_(torch.empty_like(weight, dtype=dtype)))
-
-
-def _checked_covariance(covariance: Tensor | None, weight: Tensor) -> Tensor | None:
-    features = weight.shape[1]
-    if covariance is not None and covariance.shape != (features, features):
-        raise ValueError(
-            f"covariance: expected shape [in_features, in_features] = [{features}, {features}], "
-            f"got {list(covariance.shape)}"
-        )
-    if covariance is not None and not torch.isfinite(covariance).all():
-        raise ValueError("covariance: expected finite numbers, got NaN or Inf")
-    return None if covariance is None else covariance.to(weight.device, torch.float64)
-
-
-def _checked_mean(mean: Tensor, weight: Tensor) -> Tensor:
-    if mean.shape != weight.shape[1:]:
-        raise ValueError(f"mean: expected shape [in_features] = [{weight.shape[1]}], got {list(mean.shape)}")
-    return mean.to(weight.device, torch.float64)
-
-
-def _principal_factors(weight: Tensor, rank: int, covariance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The best encoder ``[rank, n]`` and decoder ``[m, rank]`` for ``weight`` ``[m, n]``, in principal order."""
-    on_data = weight if covariance is None else weight @ _square_root(covariance)
-    decoder = truncated_svd(on_data, rank, method="covariance").U
-    encoder = decoder.T @ weight
-    # Halves of each unit's magnitude go to either side; a unit that carries nothing is zero on both.
-    magnitude = torch.linalg.vector_norm(encoder, dim=1)
-    scale = fixed_signs(encoder) * magnitude.sqrt()
-    inverse = torch.where(magnitude > 0, 1 / scale, 0.0)
-    return encoder * inverse[:, None], decoder * scale
-
-
-def _canonical_factors(encoder: Tensor, decoder: Tensor, covariance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Factors of the same product and shapes in principal order."""
-    orthonormal, triangular = torch.linalg.qr(decoder)
-    core = triangular @ encoder
-    rank = min(core.shape)
-    new_encoder, new_decoder = torch.zeros_like(encoder), torch.zeros_like(decoder)
-    # A rank above the sizes leaves units with nothing to carry.
-    new_encoder[:rank], core_decoder = _principal_factors(core, rank, covariance)
-    new_decoder[:, :rank] = orthonormal @ core_decoder
-    return new_encoder, new_decoder
-
-
-def _principal_rotation(encoder: Tensor, covariance: Tensor | None) -> Tensor:
-    """The orthogonal matrix that makes the code of this encoder uncorrelated and descending in variance."""
-    code_covariance = encoder @ encoder.T if covariance is None else encoder @ covariance @ encoder.T
-    _, axes = torch.linalg.eigh(code_covariance)
-    rotation: Tensor = axes.flip(1).T
-    return rotation * fixed_signs(rotation @ encoder)[:, None]
-
-
-def _square_root(covariance: Tensor) -> Tensor:
-    """S with S Sᵀ = covariance. The floor decides among directions the inputs never took: there, all count the same."""
-    values, axes = torch.linalg.eigh(covariance)
-    floor = 1e-10 * values[-1].clamp(min=0)
-    root: Tensor = axes * values.maximum(floor).sqrt()
-    return root
