@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .data import FileMatrix
+
 __all__ = ["Matrix", "RowMatrix"]
 
 # SciPy's sparse matrices are recognised by their ``tocsr``, without importing SciPy.
@@ -45,7 +47,9 @@ class RowMatrix:
         sparse = isinstance(matrix, Tensor) and matrix.layout == torch.sparse_csr
         if isinstance(matrix, np.ndarray):
             dtype = _torch_dtype(matrix, name)
-        elif isinstance(matrix, Tensor) and (sparse or matrix.layout == torch.strided):
+        elif isinstance(matrix, FileMatrix) or (
+            isinstance(matrix, Tensor) and (sparse or matrix.layout == torch.strided)
+        ):
             dtype = matrix.dtype
         else:
             kind = str(matrix.layout) if isinstance(matrix, Tensor) else type(matrix).__name__
@@ -71,14 +75,15 @@ class RowMatrix:
 
     def transposed(self) -> RowMatrix:
         """The same numbers with columns for rows."""
-        source = self.source.t().to_sparse_csr() if self.sparse else self.source.T
+        source = self.source.tensor() if isinstance(self.source, FileMatrix) else self.source
+        source = source.t().to_sparse_csr() if self.sparse else source.T
         return RowMatrix(source, self.shape[::-1], self.dtype, self.sparse)
 
     def block(self, start: int, stop: int) -> Tensor:
         """These rows, dense or CSR as they are; a dense block is a view where it can be, in whatever dtype it has."""
         if self.sparse:
             return _csr_rows(self.source, start, stop)
-        if isinstance(self.source, Tensor):
+        if isinstance(self.source, Tensor | FileMatrix):
             return self.source[start:stop]
         rows = self.source[start:stop]
         # Torch shares neither foreign byte orders nor negative strides nor memory it must not write.

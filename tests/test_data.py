@@ -1,7 +1,11 @@
 """read_matrix: every format gives the same rows, memory-mapped where it can be; what does not fit is named."""
 
 import importlib.util
+import json
+import re
+import struct
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import byol_fast as bf
-from byol_fast.data import read_matrix
+from byol_fast.data import SUFFIXES, FileMatrix, open_matrix, read_matrix, write_matrix
 
 ROWS = np.random.default_rng(0).standard_normal((50, 7)).astype(np.float32)
 HAS_PYARROW = importlib.util.find_spec("pyarrow") is not None
@@ -193,7 +197,7 @@ def test_a_damaged_file_is_named(tmp_path, suffix, damage):
 def test_a_pickle_is_not_run(tmp_path):
     path = tmp_path / "rows.npy"
     np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match=r"expected a \.npy file"):
+    with pytest.raises(ValueError, match=r"expected real numbers, found object"):
         read_matrix(path)
 
 
@@ -252,3 +256,120 @@ def test_an_npz_whose_header_lies_is_named(tmp_path):
         ValueError, match=r"rows.npz: expected .* \(rows.npy has 2800128 bytes, its header says 5600072\)"
     ):
         read_matrix(path)
+
+
+# ------------------------------------------------------------------------------------- read in blocks, and written
+
+
+def sparse_npy(path, rows):
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (rows, 1024)})
+        file.truncate(file.tell() + rows * 4096)
+
+
+def sparse_safetensors(path, rows):
+    entry = {"dtype": "F32", "shape": [rows, 1024], "data_offsets": [0, rows * 4096]}
+    header = json.dumps({"rows": entry}).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(file.tell() + rows * 4096)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how much memory there is is read from /proc")
+@pytest.mark.parametrize(("write", "suffix"), [(sparse_npy, ".npy"), (sparse_safetensors, ".safetensors")])
+def test_a_file_larger_than_memory_is_mapped(tmp_path, write, suffix):
+    """Its zeros take no room on the disk."""
+    memory = Path("/proc/meminfo").read_text()
+    kibibytes = dict(re.findall(r"(MemTotal|SwapTotal): +(\d+) kB", memory))
+    rows = 2 * sum(map(int, kibibytes.values())) // 4
+    path = tmp_path / f"rows{suffix}"
+    write(path, rows)
+    matrix = read_matrix(path)
+    assert matrix.shape == (rows, 1024)
+    matrix[-1, -1] = 5
+    assert float(matrix[-1].sum()) == 5
+    assert float(open_matrix(path)[rows - 1 :].sum()) == 0
+
+
+@pytest.mark.parametrize(
+    ("write", "suffix"),
+    [(write_npy, ".npy"), (write_npz, ".npz"), (write_pt_dictionary, ".pt"), (write_safetensors, ".safetensors")],
+)
+def test_rows_are_read_in_blocks_and_gathered_by_index(tmp_path, write, suffix):
+    path = tmp_path / f"rows{suffix}"
+    write(path)
+    matrix = open_matrix(path, name=None if suffix == ".npy" else "rows")
+    assert isinstance(matrix, FileMatrix)
+    rows = torch.from_numpy(ROWS)
+    assert (matrix.shape, matrix.dtype, len(matrix)) == (rows.shape, rows.dtype, 50)
+    for part in (slice(0, 20), slice(45, 99), slice(7, 7), slice(None, None, 3), torch.tensor([4, 0, 49])):
+        assert torch.equal(matrix[part], rows[part])
+    block = matrix[:5]
+    block.zero_()
+    assert torch.equal(matrix.tensor(), rows)
+    pca = bf.StreamingPCA(7).partial_fit(matrix)
+    assert torch.equal(pca.covariance_, bf.StreamingPCA(7).partial_fit(rows).covariance_)
+    for method in ("exact", "covariance", "randomized"):
+        found, truth = (bf.truncated_svd(m, 3, method=method).S for m in (matrix, rows))
+        assert torch.equal(found, truth)
+
+
+def test_a_file_that_becomes_shorter_is_an_error(tmp_path):
+    path = tmp_path / "rows.npy"
+    write_npy(path)
+    matrix = open_matrix(path)
+    cut(path)
+    with pytest.raises(OSError, match=r"rows\.npy: expected 50 rows, but the file has become shorter"):
+        matrix[:50]
+
+
+def test_views_and_transposes_in_a_pt_file_are_read_as_they_are(tmp_path):
+    rows = torch.from_numpy(ROWS)
+    for name, part in {"rows": rows[3:9], "columns": rows[:, 2:5], "transposed": rows.T, "row": rows[4:5]}.items():
+        torch.save({"x": part, "all": rows}, tmp_path / f"{name}.pt")
+        assert torch.equal(read_matrix(tmp_path / f"{name}.pt", name="x"), part)
+    torch.save(rows, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_matrix(tmp_path / "old.pt"), rows)
+
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_what_is_written_is_read(tmp_path, suffix, dtype):
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    path, rows = tmp_path / f"rows{suffix}", torch.from_numpy(ROWS)
+    blocks = (rows[:20].T.contiguous().T, rows[20:20], rows[20:])
+    if dtype == torch.bfloat16 and suffix not in (".pt", ".safetensors"):
+        with pytest.raises(ValueError, match=f"expected a dtype that {suffix} can hold, got torch.bfloat16"):
+            write_matrix(path, blocks, (50, 7), dtype)
+        return
+    write_matrix(path, blocks, (50, 7), dtype)
+    assert read_matrix(path).dtype == dtype
+    assert torch.equal(read_matrix(path), rows.to(dtype))
+    write_matrix(path, [], (0, 7), dtype)
+    assert read_matrix(path).shape == (0, 7)
+
+
+def test_others_read_what_is_written(tmp_path):
+    from safetensors.torch import load_file
+
+    rows = torch.from_numpy(ROWS)
+    for suffix in (".npy", ".npz", ".pt", ".safetensors"):
+        write_matrix(tmp_path / f"rows{suffix}", rows.split(9), (50, 7), torch.float32)
+    assert (np.load(tmp_path / "rows.npy") == ROWS).all()
+    assert (np.load(tmp_path / "rows.npz")["rows"] == ROWS).all()
+    assert torch.equal(torch.load(tmp_path / "rows.pt"), rows)
+    assert torch.equal(load_file(tmp_path / "rows.safetensors")["rows"], rows)
+
+
+@pytest.mark.parametrize("shape", [(49, 7), (50, 6)])
+def test_a_failed_write_keeps_the_old_file(tmp_path, shape):
+    path = tmp_path / "rows.npy"
+    write_npy(path)
+    with pytest.raises(ValueError, match=r"blocks: expected .*, got"):
+        write_matrix(path, torch.from_numpy(ROWS).split(9), shape, torch.float32)
+    assert (np.load(path) == ROWS).all()
+    assert list(tmp_path.iterdir()) == [path]

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from ..data import FileMatrix
 from . import processes
 
 __all__ = ["Batch", "Batches", "Data", "batches_of", "training_and_validation"]
 
-Array: TypeAlias = "Tensor | np.ndarray[Any, Any]"
+Array: TypeAlias = "Tensor | np.ndarray[Any, Any] | FileMatrix"
+_ARRAYS = (Tensor, np.ndarray, FileMatrix)
 Data: TypeAlias = "Array | Sequence[Array] | Dataset[Any] | DataLoader[Any] | Iterable[Any]"
 # Rows a batch holds when data is read only to be measured.
 _READ_ROWS = 4096
@@ -188,9 +190,9 @@ def batches_of(data: Data, batch_size: int | None, name: str = "data") -> Batche
     """
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size: expected an integer ≥ 1, or None for all rows at once, got {batch_size!r}")
-    if isinstance(data, (Tensor, np.ndarray)):
+    if isinstance(data, _ARRAYS):
         return _arrays((data,), batch_size, name)
-    if isinstance(data, (tuple, list)) and data and all(isinstance(part, (Tensor, np.ndarray)) for part in data):
+    if isinstance(data, (tuple, list)) and data and all(isinstance(part, _ARRAYS) for part in data):
         return _arrays(tuple(data), batch_size, name)
     if isinstance(data, DataLoader):
         return _Loader(data)
@@ -222,7 +224,7 @@ def _arrays(arrays: tuple[Array, ...], batch_size: int | None, name: str) -> Bat
         if array.ndim == 0 or len(array) != len(arrays[0]):
             shapes = ", ".join(str(list(array.shape)) for array in arrays)
             raise ValueError(f"{name}: expected arrays with the same number of rows N ≥ 1, got shapes {shapes}")
-        if array.is_complex() if isinstance(array, Tensor) else array.dtype.kind not in "fiub":
+        if array.is_complex() if not isinstance(array, np.ndarray) else array.dtype.kind not in "fiub":
             raise TypeError(f"{name}: expected real numbers, got dtype {array.dtype}")
     if len(arrays[0]) == 0:
         raise ValueError(f"{name}: expected at least one row, got shape {list(arrays[0].shape)}")
@@ -230,7 +232,7 @@ def _arrays(arrays: tuple[Array, ...], batch_size: int | None, name: str) -> Bat
 
 
 def _taken(array: Array, chosen: slice | Tensor) -> Tensor:
-    if isinstance(array, Tensor):
+    if not isinstance(array, np.ndarray):
         return array[chosen if isinstance(chosen, slice) else chosen.to(array.device)]
     rows = array[chosen if isinstance(chosen, slice) else chosen.numpy()]
     # torch warns about memory it must not write, such as that of a file opened for reading.

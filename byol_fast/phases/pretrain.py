@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Bottleneck
-from ..pca import certificate
+from ..pca import StreamingPCA, certificate
 from . import processes
 from .batches import Batches, Data, training_and_validation
 from .linear import alternate_, best_loss, has_covariance, principal_components, set_optimum_, start_at_optimum_
@@ -31,11 +31,14 @@ class PretrainResult:
         history: a table, one dictionary an epoch (``pandas.DataFrame(history)`` reads it), with the columns ``epoch``,
             ``loss`` (mean over the epoch's batches; for ``exact`` and exact half-steps: of the result), ``lr``,
             ``validation_loss``, ``certificate`` and ``seconds`` where there are such.
+        pca: the principal components of the training rows, with their yield curve, where they were computed: for a
+            bottleneck that reconstructs its input and is linear or started from the best linear one.
     """
 
     module: nn.Module
     method: str
     history: History
+    pca: StreamingPCA | None = None
 
     @property
     def loss(self) -> float:
@@ -147,9 +150,11 @@ def pretrain(
         )
     if layer is not None and linear:
         return _pretrain_linear(layer, train, held_out, method, stop_at, options)
+    pca = None
     if layer is not None and warm_start and not _continues(options):
-        start_at_optimum_(layer, principal_components(layer, train, progress), train)
-    return PretrainResult(module, method, _loop(module, method, options).run(train, held_out))
+        pca = principal_components(layer, train, progress)
+        start_at_optimum_(layer, pca, train)
+    return PretrainResult(module, method, _loop(module, method, options).run(train, held_out), pca)
 
 
 def _reconstructs(module: Bottleneck, data: Batches) -> bool:
@@ -217,11 +222,11 @@ def _pretrain_linear(
     loop = _loop(module, method, replace(options, epochs=1) if method == "exact" else options)
     loop.measure, loop.is_enough, loop.seconds = measure, is_enough, time.perf_counter() - begin
     if method == "joint":
-        return PretrainResult(module, method, loop.run(train, held_out))
+        return PretrainResult(module, method, loop.run(train, held_out), pca)
 
     def solve() -> float:
         set_optimum_(module, pca) if method == "exact" else alternate_(module, pca)
         return best_loss(module, pca) * measure().get("certificate", 1.0)
 
     loop.solve = solve
-    return PretrainResult(module, method, loop.run(train, held_out))
+    return PretrainResult(module, method, loop.run(train, held_out), pca)
