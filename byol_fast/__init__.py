@@ -7,7 +7,8 @@ from .curve import YieldCurve, allocate_ranks
 from .functional import Explanation, bottleneck, bottleneck_mse_loss, explain, mse_loss
 from .nn import Bottleneck, BottleneckConv2d, BottleneckEmbedding, MSELoss, merge, replace_linear
 from .pca import StreamingPCA, certificate
-from .phases import FinetuneResult, PretrainResult, deploy, finetune, load, pretrain
+from .phases import FinetuneResult, PretrainResult, cache_codes, deploy, finetune, load, pretrain
+from .recommend import Recommendations, Recommender
 from .svd import truncated_svd
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "FinetuneResult",
     "MSELoss",
     "PretrainResult",
+    "Recommendations",
+    "Recommender",
     "StreamingPCA",
     "YieldCurve",
     "__version__",
@@ -26,6 +29,7 @@ __all__ = [
     "backends",
     "bottleneck",
     "bottleneck_mse_loss",
+    "cache_codes",
     "certificate",
     "deploy",
     "explain",

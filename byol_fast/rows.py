@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .data import FileMatrix
 
-__all__ = ["Matrix", "RowMatrix"]
+__all__ = ["Matrix", "RowMatrix", "csr_of", "csr_rows_at", "first_row_not_finite"]
 
 # SciPy's sparse matrices are recognised by their ``tocsr``, without importing SciPy.
 Matrix: TypeAlias = "Tensor | np.ndarray[Any, Any] | Any"
@@ -40,10 +40,7 @@ class RowMatrix:
             TypeError: it is no tensor, NumPy array or CSR matrix of real numbers.
             ValueError: it does not have two dimensions.
         """
-        if hasattr(matrix, "tocsr"):
-            matrix = _csr_of_scipy(matrix)
-        if isinstance(matrix, Tensor) and matrix.layout == torch.sparse_coo:
-            matrix = matrix.to_sparse_csr()
+        matrix = csr_of(matrix)
         sparse = isinstance(matrix, Tensor) and matrix.layout == torch.sparse_csr
         if isinstance(matrix, np.ndarray):
             dtype = _torch_dtype(matrix, name)
@@ -95,6 +92,32 @@ class RowMatrix:
         """All rows in order, ``size`` at a time: (index of the first row, block)."""
         for start in range(0, self.shape[0], size):
             yield start, self.block(start, min(start + size, self.shape[0]))
+
+
+def csr_of(matrix: Matrix) -> Matrix:
+    """CSR for a sparse matrix, torch's or SciPy's; anything else as it is."""
+    if hasattr(matrix, "tocsr"):
+        return _csr_of_scipy(matrix)
+    if isinstance(matrix, Tensor) and matrix.layout == torch.sparse_coo:
+        return matrix.to_sparse_csr()
+    return matrix
+
+
+def csr_rows_at(matrix: Tensor, indices: Tensor) -> Tensor:
+    """These rows of a CSR matrix, in this order, as a CSR matrix of their own."""
+    indices = indices.to(matrix.device)
+    starts, stops = matrix.crow_indices()[indices], matrix.crow_indices()[indices + 1]
+    counts = stops - starts
+    pointers = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    # Where each stored number was: its row's first place, and on from there.
+    places = (starts - pointers[:-1]).repeat_interleave(counts) + torch.arange(int(pointers[-1]), device=matrix.device)
+    return torch.sparse_csr_tensor(
+        pointers,
+        matrix.col_indices()[places],
+        matrix.values()[places],
+        size=(len(indices), matrix.shape[1]),
+        check_invariants=False,
+    )
 
 
 def first_row_not_finite(block: Tensor) -> int | None:

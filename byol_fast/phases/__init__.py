@@ -2,6 +2,7 @@
 
 from .deploy import deploy, load
 from .finetune import FinetuneResult, finetune
+from .latents import cache_codes
 from .pretrain import PretrainResult, pretrain
 
-__all__ = ["FinetuneResult", "PretrainResult", "deploy", "finetune", "load", "pretrain"]
+__all__ = ["FinetuneResult", "PretrainResult", "cache_codes", "deploy", "finetune", "load", "pretrain"]

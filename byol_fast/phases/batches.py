@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from ..data import FileMatrix
+from ..rows import csr_of, csr_rows_at
 from . import processes
 
 __all__ = ["Batch", "Batches", "Data", "batches_of", "training_and_validation"]
@@ -111,7 +112,7 @@ class _Rows(Batches):
 
 
 class _Arrays(_Rows):
-    """Tensors or numpy arrays, memory-mapped ones among them, that share their first dimension."""
+    """Tensors, sparse ones and numpy arrays, memory-mapped ones too, that share their first dimension."""
 
     def __init__(self, arrays: tuple[Array, ...], indices: Tensor, batch_size: int | None) -> None:
         super().__init__(indices, batch_size)
@@ -190,6 +191,7 @@ def batches_of(data: Data, batch_size: int | None, name: str = "data") -> Batche
     """
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size: expected an integer ≥ 1, or None for all rows at once, got {batch_size!r}")
+    data = csr_of(data)
     if isinstance(data, _ARRAYS):
         return _arrays((data,), batch_size, name)
     if isinstance(data, (tuple, list)) and data and all(isinstance(part, _ARRAYS) for part in data):
@@ -232,6 +234,9 @@ def _arrays(arrays: tuple[Array, ...], batch_size: int | None, name: str) -> Bat
 
 
 def _taken(array: Array, chosen: slice | Tensor) -> Tensor:
+    if isinstance(array, Tensor) and array.layout == torch.sparse_csr:
+        indices = torch.arange(chosen.start, chosen.stop) if isinstance(chosen, slice) else chosen
+        return csr_rows_at(array, indices)
     if not isinstance(array, np.ndarray):
         return array[chosen if isinstance(chosen, slice) else chosen.to(array.device)]
     rows = array[chosen if isinstance(chosen, slice) else chosen.numpy()]

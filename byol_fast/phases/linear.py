@@ -46,7 +46,7 @@ def _read(pca: StreamingPCA, batches: Batches, progress: bool) -> None:
         for batch in batches.in_order():
             rows = batch.tensors[0]
             if batch.rows:
-                pca.partial_fit(rows.reshape(-1, rows.shape[-1]))
+                pca.partial_fit(rows if rows.layout == torch.sparse_csr else rows.reshape(-1, rows.shape[-1]))
             bar.update(batch.rows * processes.size())
     with processes.guarded():
         pca.all_reduce()
@@ -126,7 +126,8 @@ def _fit_decoder_(module: Bottleneck, batches: Batches) -> None:
     joint = StreamingPCA(rank + module.in_features, method="covariance", device=module.encoder.weight.device)
     for batch in batches.in_order():
         if batch.rows:
-            rows = batch.tensors[0].to(joint.device, module.encoder.weight.dtype).reshape(-1, module.in_features)
+            rows = batch.tensors[0].to(joint.device, module.encoder.weight.dtype).to_dense()
+            rows = rows.reshape(-1, module.in_features)
             joint.partial_fit(torch.cat((module.encode(rows), rows), dim=1))
     with processes.guarded():
         joint.all_reduce()

@@ -97,8 +97,9 @@ def pretrain(
 
     Args:
         module: a :class:`byol_fast.Bottleneck`, or any module with a method ``reconstruction_loss``.
-        data: rows ``[N, in_features]`` as a tensor or an array (memory-mapped or not); a pair of such: input, target;
-            a Dataset; or a DataLoader. A batch is the arguments of ``reconstruction_loss``: input, or input and target.
+        data: rows ``[N, in_features]`` as a tensor, an array (memory-mapped or not) or a sparse matrix (torch's or
+            SciPy's; no dense row is made of it); a pair of such: input, target; a Dataset; or a DataLoader. A batch is
+            the arguments of ``reconstruction_loss``: input, or input and target.
             It is moved to the module's device and cast to its dtype, be it floating-point or integer.
         method: see above.
         epochs: passes over the data at most.

@@ -1,10 +1,13 @@
 """pretrain on scikit-learn's digits: every method against the optimum, which linear algebra knows."""
 
+import copy
 import functools
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
+from contract import assert_contract
 from torch.utils.data import DataLoader, TensorDataset
 
 import byol_fast as bf
@@ -332,3 +335,24 @@ def test_a_loss_that_explodes_is_an_error_that_says_when(digits):
     sgd = functools.partial(torch.optim.SGD, lr=1e6)
     with pytest.raises(FloatingPointError, match=r"loss: expected a finite number, got .* in epoch \d+, step 1"):
         bf.pretrain(bf.Bottleneck(64, 6), rows, method="joint", batch_size=None, optimizer=sgd)
+
+
+@pytest.mark.parametrize("layout", ["csr", "coo", "scipy"])
+@pytest.mark.parametrize(
+    ("method", "activation"),
+    [("exact", "identity"), ("alternate", "identity"), ("joint", "identity"), ("joint", "relu")],
+)
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_sparse_matrix_trains_as_its_dense_rows_do(method, activation, layout):
+    rows = torch.randn(300, 6) @ torch.randn(6, 80) * (torch.rand(300, 80) < 0.04)
+    sparse = rows.to_sparse_csr() if layout == "csr" else rows.to_sparse()
+    if layout == "scipy":
+        sparse = scipy.sparse.coo_array(rows.numpy())
+    options = {"method": method, "epochs": 3, "batch_size": 64, "validation": 0.2}
+    layer = bf.Bottleneck(80, 8, bias=False, activation=activation)
+    losses = []
+    for data, dtype in ((sparse, torch.float32), (rows, torch.float32), (rows.double(), torch.float64)):
+        history = bf.pretrain(copy.deepcopy(layer).to(dtype), data, **options).history
+        losses.append(torch.tensor([[row["loss"], row["validation_loss"]] for row in history], dtype=torch.float64))
+    # History is in float64 throughout, its values are not.
+    assert_contract(losses[0].float(), losses[1].float(), losses[2], "losses")
