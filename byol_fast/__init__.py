@@ -3,6 +3,7 @@
 from . import functional, nn
 from ._version import __version__
 from .backends import BackendError, backends, use_backend
+from .compression import CompressionReport, Recovery, compress
 from .curve import YieldCurve, allocate_ranks
 from .functional import Explanation, bottleneck, bottleneck_mse_loss, explain, mse_loss
 from .nn import Bottleneck, BottleneckConv2d, BottleneckEmbedding, MSELoss, merge, replace_linear
@@ -16,12 +17,14 @@ __all__ = [
     "Bottleneck",
     "BottleneckConv2d",
     "BottleneckEmbedding",
+    "CompressionReport",
     "Explanation",
     "FinetuneResult",
     "MSELoss",
     "PretrainResult",
     "Recommendations",
     "Recommender",
+    "Recovery",
     "StreamingPCA",
     "YieldCurve",
     "__version__",
@@ -31,6 +34,7 @@ __all__ = [
     "bottleneck_mse_loss",
     "cache_codes",
     "certificate",
+    "compress",
     "deploy",
     "explain",
     "finetune",

@@ -1,0 +1,201 @@
+"""Recovery: the bottlenecks learn from the dense model, layer by layer, then all together."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..nn import Bottleneck
+from .find import Site
+from .statistics import hooked
+
+__all__ = ["Recovery", "recover"]
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How to recover.
+
+    Args:
+        layer_epochs: passes over the data in which each linear bottleneck learns the output of its dense layer, from
+            the inputs that it gets in the compressed model, by :meth:`byol_fast.Bottleneck.reconstruction_loss`.
+        epochs: passes in which all of them learn the output of the dense model (distillation).
+        lr: learning rate of Adam, falling to zero by a cosine.
+        train: ``"bottlenecks"``, or ``"all"`` parameters of the model, in distillation.
+        data: further batches to learn from, as ``calibration`` (they need no labels); None means the calibration
+            batches.
+        held_out: share of the batches to measure by, and not to learn from.
+        patience: epochs without a smaller held-out error after which distillation stops; the best is kept.
+        seed: of the order of batches.
+    """
+
+    layer_epochs: int = 0
+    epochs: int = 10
+    lr: float = 1e-3
+    train: str = "bottlenecks"
+    data: Any = None
+    held_out: float = 0.125
+    patience: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("layer_epochs", "epochs"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}: expected an integer ≥ 0, got {value!r}")
+        if not self.lr > 0:
+            raise ValueError(f"lr: expected a number > 0, got {self.lr!r}")
+        if self.train not in ("bottlenecks", "all"):
+            raise ValueError(f"train: expected one of bottlenecks, all, got {self.train!r}")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out: expected a number in [0, 1), got {self.held_out!r}")
+
+
+Forward = Callable[[nn.Module, Any], Tensor]
+
+
+def recover(
+    model: nn.Module,
+    teacher: nn.Module,
+    sites: Sequence[Site],
+    replaced: Sequence[Site],
+    batches: Sequence[Any],
+    forward: Forward,
+    options: Recovery,
+    progress: bool,
+) -> list[dict[str, float]]:
+    """Train ``model`` in place, in evaluation mode; returns a row an epoch.
+
+    Args:
+        sites: the dense layers, in ``teacher``.
+        replaced: the bottlenecks in their places, in ``model``, in the same order.
+
+    Raises:
+        FloatingPointError: the loss became NaN or infinite.
+    """
+    count = math.floor(options.held_out * len(batches))
+    generator = torch.Generator().manual_seed(options.seed)
+    order = torch.randperm(len(batches), generator=generator).tolist()
+    train, held_out = [batches[i] for i in order[count:]], [batches[i] for i in order[:count]]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    parameters = _trained(model, replaced, options.train)
+    history: list[dict[str, float]] = []
+    total = (options.layer_epochs + options.epochs) * len(train)
+    try:
+        for parameter in model.parameters():
+            parameter.requires_grad_(any(parameter is other for other in parameters))
+        with tqdm(total=total, desc="recover", unit="step", disable=None if progress else True) as bar:
+            phases: list[tuple[str, int, Callable[[Any], Tensor]]] = [
+                ("layers", options.layer_epochs, _Layerwise(model, teacher, sites, replaced, forward)),
+                ("model", options.epochs, lambda batch: _distillation(model, teacher, forward, batch)),
+            ]
+            for name, epochs, loss in phases:
+                if epochs:
+                    history += _run(name, model, parameters, train, held_out, epochs, loss, options, generator, bar)
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+    return history
+
+
+def _trained(model: nn.Module, replaced: Sequence[Site], which: str) -> list[nn.Parameter]:
+    modules = [model] if which == "all" else [module for site in replaced for module in site.modules]
+    found = {id(p): p for module in modules for p in module.parameters() if p.is_floating_point()}
+    return list(found.values())
+
+
+def _run(
+    name: str,
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    train: Sequence[Any],
+    held_out: Sequence[Any],
+    epochs: int,
+    loss_of: Callable[[Any], Tensor],
+    options: Recovery,
+    generator: torch.Generator,
+    bar: Any,
+) -> list[dict[str, float]]:
+    optimizer = torch.optim.Adam(parameters, lr=options.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(train))
+    history: list[dict[str, float]] = []
+    best, best_error, since = copy.deepcopy(model.state_dict()), math.inf, 0
+    for epoch in range(epochs):
+        total = 0.0
+        for index in torch.randperm(len(train), generator=generator).tolist():
+            optimizer.zero_grad()
+            loss = loss_of(train[index])
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(f"recover: expected a finite loss, got {loss.item()}; try a smaller lr")
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.item()
+            bar.update()
+        row = {"epoch": epoch + 1.0, f"{name}_loss": total / max(len(train), 1)}
+        if held_out:
+            with torch.no_grad():
+                error = sum(float(loss_of(batch)) for batch in held_out) / len(held_out)
+            row[f"{name}_held_out_loss"] = error
+            since = 0 if error < best_error else since + 1
+            if error < best_error:
+                best, best_error = copy.deepcopy(model.state_dict()), error
+        history.append(row)
+        if held_out and since >= options.patience:
+            bar.total -= (epochs - epoch - 1) * len(train)
+            break
+    if held_out:
+        model.load_state_dict(best)
+    return history
+
+
+def _distillation(model: nn.Module, teacher: nn.Module, forward: Forward, batch: Any) -> Tensor:
+    """Squared error of the output over its energy."""
+    with torch.no_grad():
+        target = forward(teacher, batch)
+    output = forward(model, batch)
+    return (output - target).square().sum() / target.square().sum().clamp(min=torch.finfo(target.dtype).tiny)
+
+
+class _Layerwise:
+    """The mean over layers of each one's squared error over the energy of its dense output."""
+
+    def __init__(
+        self, model: nn.Module, teacher: nn.Module, sites: Sequence[Site], replaced: Sequence[Site], forward: Forward
+    ) -> None:
+        pairs = [
+            (dense, site) for dense, site in zip(sites, replaced, strict=True) if type(site.modules[0]) is Bottleneck
+        ]
+        self.model, self.teacher, self.forward = model, teacher, forward
+        self.dense = [dense for dense, _ in pairs]
+        self.bottlenecks = [site for _, site in pairs]
+
+    def __call__(self, batch: Any) -> Tensor:
+        targets: list[Tensor] = []
+        inputs: list[tuple[Bottleneck, Tensor]] = []
+
+        def target(site: Site, module: nn.Module, input: Tensor, output: Tensor) -> None:
+            targets.append(output)
+
+        def input_of(site: Site, module: nn.Module, input: Tensor, output: Tensor) -> None:
+            if isinstance(module, Bottleneck):
+                inputs.append((module, input.detach()))
+
+        with torch.no_grad():
+            with hooked(self.dense, target):
+                self.forward(self.teacher, batch)
+            with hooked(self.bottlenecks, input_of):
+                self.forward(self.model, batch)
+        losses = [
+            layer.reconstruction_loss(input, target) / target.square().mean().clamp(min=torch.finfo(target.dtype).tiny)
+            for (layer, input), target in zip(inputs, targets, strict=True)
+        ]
+        return torch.stack(losses).mean() if losses else torch.zeros((), requires_grad=True)
