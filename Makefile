@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: test demo lint bench bench-quick sanitize fuzz wheel clean
+.PHONY: test demo lint bench bench-quick bench-compress sanitize fuzz wheel clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.torch:
@@ -39,6 +39,10 @@ bench: $(INSTALLED)
 
 bench-quick: $(INSTALLED)
 	$(BIN)/python -m bench --quick
+
+# Whole real models, fetched once; half an hour on two cores.
+bench-compress: $(INSTALLED)
+	$(BIN)/python -m bench.compress
 
 # The native core under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer.
 sanitize: $(INSTALLED)

@@ -1,0 +1,1 @@
+"""``python -m bench.compress``: whole real models, compressed."""
