@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from .backends import Call, choose, form
 __all__ = ["Explanation", "bottleneck", "bottleneck_mse_loss", "explain", "mse_loss"]
 
 _REDUCTIONS = ("none", "mean", "sum")
+_ACTIVATIONS = tuple(reference.ACTIVATIONS)
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SPARSE = (torch.sparse_csr, torch.sparse_coo)
 
 
@@ -40,7 +43,8 @@ def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean", weight: Ten
         TypeError: an argument is no tensor, is sparse, or does not hold floating-point numbers.
         ValueError: unknown reduction, weight of another shape, tensors on different devices.
     """
-    _check_tensors({"input": input, "target": target, "weight": weight})
+    if weight is not None or not _are_alike(input, target):
+        _check_tensors({"input": input, "target": target, "weight": weight})
     _check_choice("reduction", reduction, _REDUCTIONS)
     if weight is not None and weight.shape != input.shape:
         raise ValueError(f"weight: expected the shape of input, {_shape(input)}, got {_shape(weight)}")
@@ -50,10 +54,10 @@ def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean", weight: Ten
             "to give a wrong loss. Please ensure that they have the same shape.",
             stacklevel=2,
         )
-    input, target = torch.broadcast_tensors(input, target)
+        input, target = torch.broadcast_tensors(input, target)
     if weight is not None or reduction == "none":
         return reference.mse_loss(input, target, reduction, weight)
-    dtype = torch.promote_types(input.dtype, target.dtype)
+    dtype = input.dtype if input.dtype == target.dtype else torch.promote_types(input.dtype, target.dtype)
     loss_dtype = torch.promote_types(dtype, torch.float32) if _autocast_dtype(input) is not None else dtype
     input, target = input.to(dtype), target.to(dtype)
     backend = _backend((input, target), Call("mse_loss", dtype, input.numel()))
@@ -191,16 +195,15 @@ def explain(
         input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation, target, sparse=True
     )
     _check_target(tensors, "mean")
-    if _is_empty(tensors.present()):
-        return Explanation("reference", "direct", "an empty tensor leaves nothing to accelerate")
     call = tensors.as_call("bottleneck_mse_loss")
+    if _is_empty(call):
+        return Explanation("reference", "direct", "an empty tensor leaves nothing to accelerate")
     choice = choose(tensors.present(), call)
     words = form(choice.backend, call.dtype, decoder_weight is None, _is_sparse(input))
     return Explanation(choice.backend, words, choice.reason)
 
 
-@dataclass(frozen=True)
-class _Bottleneck:
+class _Bottleneck(NamedTuple):
     """The checked tensors of a call."""
 
     input: Tensor
@@ -219,25 +222,25 @@ class _Bottleneck:
         return self.in_features if self.decoder_weight is None else self.decoder_weight.shape[0]
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        return self.input, self.encoder_weight, self.decoder_weight, self.encoder_bias, self.decoder_bias
+        return self[:5]
 
     def present(self) -> tuple[Tensor, ...]:
-        return tuple(tensor for tensor in (*self.operands(), self.target) if tensor is not None)
+        return tuple(tensor for tensor in self if tensor is not None)
 
     def as_call(self, operation: str) -> Call:
         """What the backends are asked for."""
         autocast = _autocast_dtype(self.input)
         dtype = self.input.dtype if autocast is None or self.input.dtype == torch.float64 else autocast
-        rows = self.input.numel() // self.in_features
-        rank = self.encoder_weight.shape[0]
-        return Call(operation, dtype, rows, self.in_features, self.out_features, rank, _is_sparse(self.input))
+        rank, in_features = self.encoder_weight.shape
+        rows = self.input.numel() // in_features
+        return Call(operation, dtype, rows, in_features, self.out_features, rank, _is_sparse(self.input))
 
     def cast(self) -> _Bottleneck:
         """Under autocast, everything in autocast's dtype, by the rule of ``linear``: all but float64."""
         dtype = _autocast_dtype(self.input)
         if dtype is None:
             return self
-        return _Bottleneck(*(_cast(tensor, dtype) for tensor in (*self.operands(), self.target)))  # type: ignore[arg-type]
+        return _Bottleneck(*(_cast(tensor, dtype) for tensor in self))  # type: ignore[arg-type]
 
 
 def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -253,12 +256,12 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _backend(tensors: tuple[Tensor, ...], call: Call) -> str:
-    return "reference" if _is_empty(tensors) else choose(tensors, call).backend
+    return "reference" if _is_empty(call) else choose(tensors, call).backend
 
 
-def _is_empty(tensors: tuple[Tensor, ...]) -> bool:
+def _is_empty(call: Call) -> bool:
     # Sums over nothing, and their quotients, are left to PyTorch, so that they are what its users expect.
-    return any(tensor.numel() == 0 for tensor in tensors)
+    return call.rows == 0 or call.out_features == 0
 
 
 def _is_sparse(tensor: Tensor) -> bool:
@@ -296,31 +299,30 @@ def _check_bottleneck(
     target: Tensor | None = None,
     sparse: bool = False,
 ) -> _Bottleneck:
-    named = {
-        "input": input,
-        "encoder_weight": encoder_weight,
-        "decoder_weight": decoder_weight,
-        "encoder_bias": encoder_bias,
-        "decoder_bias": decoder_bias,
-        "target": target,
-    }
-    _check_tensors(named, sparse_input=sparse)
-    _check_choice("activation", activation, tuple(reference.ACTIVATIONS))
-    _check_dtypes(named)
-    _check_shape("encoder_weight", encoder_weight, ("rank", "in_features"), (None, None))
+    tensors = _Bottleneck(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, target)
+    alike = _are_alike(*tensors)
+    if not alike:
+        _check_tensors(tensors._asdict(), sparse_input=sparse)
+    _check_choice("activation", activation, _ACTIVATIONS)
+    if not alike:
+        _check_dtypes(tensors._asdict())
+    if encoder_weight.dim() != 2:
+        raise _wrong_shape("encoder_weight", encoder_weight, ("rank", "in_features"), (None, None))
     rank, in_features = encoder_weight.shape
     if rank == 0 or in_features == 0:
         raise ValueError(f"encoder_weight: expected rank ≥ 1 and in_features ≥ 1, got shape {_shape(encoder_weight)}")
-    _check_shape("input", input, ("...", "in_features"), (in_features,))
+    if input.shape[-1:] != (in_features,):
+        raise _wrong_shape("input", input, ("...", "in_features"), (in_features,))
     out_features = in_features
     if decoder_weight is not None:
-        _check_shape("decoder_weight", decoder_weight, ("out_features", "rank"), (None, rank))
+        if decoder_weight.dim() != 2 or decoder_weight.shape[1] != rank:
+            raise _wrong_shape("decoder_weight", decoder_weight, ("out_features", "rank"), (None, rank))
         out_features = decoder_weight.shape[0]
-    if encoder_bias is not None:
-        _check_shape("encoder_bias", encoder_bias, ("rank",), (rank,))
-    if decoder_bias is not None:
-        _check_shape("decoder_bias", decoder_bias, ("out_features",), (out_features,))
-    return _Bottleneck(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, target)
+    if encoder_bias is not None and encoder_bias.shape != (rank,):
+        raise _wrong_shape("encoder_bias", encoder_bias, ("rank",), (rank,))
+    if decoder_bias is not None and decoder_bias.shape != (out_features,):
+        raise _wrong_shape("decoder_bias", decoder_bias, ("out_features",), (out_features,))
+    return tensors
 
 
 def _check_target(tensors: _Bottleneck, reduction: str) -> None:
@@ -355,6 +357,21 @@ def _check_sparse(tensors: _Bottleneck, reduction: str) -> None:
         raise ValueError("reduction: expected mean or sum for a sparse input, got 'none'")
     if tensors.input.requires_grad:
         raise ValueError("input: expected a sparse input that requires no gradient, got requires_grad=True")
+
+
+def _are_alike(input: Tensor, other: Tensor, *optional: Tensor | None) -> bool:
+    """Whether all are dense floating-point tensors of one dtype and device, as they nearly always are."""
+    if not isinstance(input, Tensor) or input.dtype not in _FLOATS or input.layout != torch.strided:
+        return False
+    dtype, device = input.dtype, input.device
+    return all(
+        isinstance(tensor, Tensor)
+        and tensor.dtype == dtype
+        and tensor.layout == torch.strided
+        and tensor.device == device
+        for tensor in (other, *optional)
+        if tensor is not None or tensor is other
+    )
 
 
 def _check_tensors(named: dict[str, Tensor | None], sparse_input: bool = False) -> None:
@@ -394,16 +411,11 @@ def _check_dtypes(named: dict[str, Tensor | None]) -> None:
             raise TypeError(f"{name}: expected the dtype of input, {input.dtype}, got {tensor.dtype}")
 
 
-def _check_shape(name: str, tensor: Tensor, symbols: tuple[str, ...], sizes: tuple[int | None, ...]) -> None:
-    """The last dimensions are ``sizes`` (None: any); without a leading "...", there are no others."""
-    leading = symbols[0] == "..."
-    fits = tensor.dim() >= len(sizes) if leading else tensor.dim() == len(sizes)
-    if fits:
-        last = tensor.shape[tensor.dim() - len(sizes) :]
-        fits = all(want is None or want == got for want, got in zip(sizes, last, strict=True))
-    if not fits:
-        numbers = ", ".join((*(["..."] if leading else []), *("any" if size is None else str(size) for size in sizes)))
-        raise ValueError(f"{name}: expected shape [{', '.join(symbols)}] = [{numbers}], got {_shape(tensor)}")
+def _wrong_shape(name: str, tensor: Tensor, symbols: tuple[str, ...], sizes: tuple[int | None, ...]) -> ValueError:
+    """The last dimensions should have been ``sizes`` (None: any)."""
+    leading = ["..."] if symbols[0] == "..." else []
+    numbers = ", ".join((*leading, *("any" if size is None else str(size) for size in sizes)))
+    return ValueError(f"{name}: expected shape [{', '.join(symbols)}] = [{numbers}], got {_shape(tensor)}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -9,8 +9,7 @@ last. A result that was not asked for is None.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,8 +20,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What is asked for: what a backend needs to know to say whether it is worth it.
 
     ``operation`` is ``"mse_loss"`` (of ``rows`` elements), ``"bottleneck"`` or ``"bottleneck_mse_loss"``.
