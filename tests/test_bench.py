@@ -12,7 +12,7 @@ import torch
 # Last, so that an installed package stays the one under test.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import memory, report
+from bench import floors, memory, report
 from bench.cases import OURS, QUICK, Case
 from bench.test_speed import judge
 
@@ -120,3 +120,8 @@ def test_report_of_a_refusal(page: str) -> None:
     """No time of a wrong result, but the reason."""
     assert "| float32, 1000, 100, 10 | 48.0 | ✗ | **16.0**" in page
     assert "Gram in PyTorch: output: relative error 5.00e-01, allowed 2.00e-05" in page
+
+
+def test_the_page_of_floors_has_the_table_of_the_committed_results(capsys: pytest.CaptureFixture[str]) -> None:
+    floors.main()
+    assert capsys.readouterr().out in (Path(report.__file__).parents[1] / "docs/cpu-kernels.md").read_text()
