@@ -24,7 +24,7 @@ def in_fresh_process(code: str, **environment: str) -> subprocess.CompletedProce
 
 def test_every_backend_is_listed_with_its_reason() -> None:
     statuses = bf.backends()
-    assert list(statuses) == ["reference", "native", "triton", "cuda"]
+    assert list(statuses) == ["reference", "native", "gram", "triton", "cuda"]
     assert statuses["reference"].available
     for status in statuses.values():
         assert status.available == (status.reason is None)
@@ -43,14 +43,14 @@ def test_use_backend_restores_the_former_choice() -> None:
 
 def test_unknown_backend() -> None:
     with pytest.raises(
-        ValueError, match=r"^use_backend: expected one of auto, reference, native, triton, cuda, got 'gpu'$"
+        ValueError, match=r"^use_backend: expected one of auto, reference, native, gram, triton, cuda, got 'gpu'$"
     ):
         bf.use_backend("gpu")
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_absent_backend_says_why_and_what_is_there(name: str) -> None:
-    choices = "auto, reference" + (", native" if NATIVE else "")
+    choices = "auto, reference" + (", native" if NATIVE else "") + ", gram"
     pattern = rf"^use_backend: backend '{name}' cannot run here: .+; valid choices on this machine: {choices}$"
     with pytest.raises(bf.BackendError, match=pattern):
         bf.use_backend(name)
@@ -93,7 +93,7 @@ def test_explain_tells_backend_form_and_reason(backend: str, tied: bool) -> None
     assert explanation.backend == backend
     assert explanation.reason == "chosen by name"
     assert ("direct" in explanation.form) if backend == "reference" else ("gram" in explanation.form)
-    assert ("tied" in explanation.form) == (tied and backend == "native")
+    assert ("tied" in explanation.form) == (tied and backend != "reference")
     assert str(explanation) == f"backend {backend} (chosen by name), form: {explanation.form}"
 
 
@@ -122,7 +122,7 @@ def test_environment_variable() -> None:
     assert in_fresh_process(code, BYOL_FAST_BACKEND="reference").stdout.strip() == "reference"
     failed = in_fresh_process(code, BYOL_FAST_BACKEND="nativ")
     assert failed.returncode != 0
-    message = "BYOL_FAST_BACKEND: expected one of auto, reference, native, triton, cuda, got 'nativ'"
+    message = "BYOL_FAST_BACKEND: expected one of auto, reference, native, gram, triton, cuda, got 'nativ'"
     assert message in failed.stderr
     failed = in_fresh_process(code, BYOL_FAST_BACKEND="cuda")
     assert "BYOL_FAST_BACKEND: backend 'cuda' cannot run here" in failed.stderr

@@ -18,7 +18,7 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def findings(monkeypatch: pytest.MonkeyPatch) -> verified.Findings:
-    monkeypatch.setattr(verified, "_architecture", lambda device: "sm_90")
+    monkeypatch.setattr(verified, "architecture", lambda device: "sm_90")
     finding = verified.Finding(verified=["triton", "cuda"], fastest="triton", source="none")
     return {"sm_90": {verified.call_class(CALL): finding}}
 
@@ -44,7 +44,7 @@ def test_another_backend_or_architecture_is_not_verified(
     findings: verified.Findings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert verified.reason_against("other", CALL, GPU, findings) is not None
-    monkeypatch.setattr(verified, "_architecture", lambda device: "sm_80")
+    monkeypatch.setattr(verified, "architecture", lambda device: "sm_80")
     assert verified.reason_against("triton", CALL, GPU, findings) is not None
 
 

@@ -21,7 +21,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import verified
 from .base import Backend, Call, Kernels, accumulation_dtype
+from .gram import Gram
 from .native import Native
+from .triton import Triton
 
 __all__ = [
     "BackendError",
@@ -85,12 +87,13 @@ _REGISTRY: dict[str, Backend] = {
     for backend in (
         _Reference(),
         Native(),
-        _Absent("triton", "this version of byol_fast contains no Triton kernels"),
+        Gram(),
+        Triton(),
         _Absent("cuda", "this version of byol_fast contains no CUDA kernels"),
     )
 }
 # What `auto` tries on tensors of each kind of device, fastest first; the reference is what remains.
-_PREFERENCE = {"cuda": ("cuda", "triton")}
+_PREFERENCE = {"cuda": ("cuda", "triton", "gram")}
 _PREFERENCE_ELSEWHERE = ("native",)
 _AUTO = "auto"
 

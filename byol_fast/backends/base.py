@@ -8,7 +8,7 @@ last. A result that was not asked for is None.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -137,3 +137,39 @@ class Kernels(Backend, Protocol):
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
         """``scale·(dU We − [target is None] R)`` and ``−scale·R``, in the input's dtype."""
+
+
+def dense_blocks(
+    step: Callable[..., list[Tensor | None]],
+    csr: tuple[Tensor, Tensor, Tensor],
+    weights: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    activation: str,
+    needs: Sequence[bool],
+    rows: int,
+) -> list[Tensor | None]:
+    """:meth:`Kernels.sparse_step` by :meth:`Kernels.step`, making so many ``rows`` dense at a time."""
+    row_starts, columns, values = csr
+    in_features = weights[0].shape[1]
+    sums: list[Tensor | None] = []
+    for first in range(0, row_starts.numel() - 1, rows):
+        starts = row_starts[first : first + rows + 1]
+        stored = slice(int(starts[0]), int(starts[-1]))
+        count = starts.numel() - 1
+        indices = torch.repeat_interleave(torch.arange(count, device=values.device), starts.diff())
+        block = values.new_zeros(count, in_features)
+        block.index_put_((indices, columns[stored]), values[stored], accumulate=True)
+        parts = step(block, None, *weights, activation, needs, False)[:5]
+        sums = [part if not sums or part is None else sums[i] + part for i, part in enumerate(parts)]  # type: ignore[operator]
+    return sums
+
+
+# Rounding the code and its gradient to bfloat16, as eager does, does not average out over fewer rows than this.
+_FEW_ROWS = 32
+
+
+def few_rows_as_float(input: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
+    """The tensors of a call, as float32 if they are a few rows of bfloat16."""
+    tensors = (input, *others)
+    if input.dtype != torch.bfloat16 or input.shape[0] >= _FEW_ROWS:
+        return tensors  # type: ignore[return-value]
+    return tuple(None if tensor is None else tensor.float() for tensor in tensors)  # type: ignore[misc]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Call, accumulation_dtype
+from .base import Call, accumulation_dtype, dense_blocks, few_rows_as_float
 from .layout import collapse
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -19,9 +19,6 @@ _ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, 
 _FORMS = {"auto": 0, "gram": 1, "direct": 2}
 # The residual ratio below which a row tile takes the direct form (kDirectBelow in csrc/cpu/step.h).
 _DIRECT_BELOW = {torch.float32: 4e-3, torch.float64: 1e-3}
-# Dot-product instructions take Z and dU rounded to bfloat16, as eager does. Over fewer rows than this that does not
-# average out, and bfloat16 is computed as float32.
-_FEW_ROWS = 32
 # Rows of a sparse input that are made dense at a time, when they have to be.
 _DENSE_ROWS = 256
 _ABSENT = (0, 0)
@@ -208,10 +205,9 @@ class Native:
         save_codes: bool,
         form: str = "auto",
     ) -> list[Tensor | None]:
-        if input.dtype == torch.bfloat16 and input.shape[0] < _FEW_ROWS:
-            weights = tuple(map(_float, (decoder_weight, encoder_bias, decoder_bias)))
-            data = (input.float(), _float(target), encoder_weight.float())
-            return self.step(*data, *weights, activation, needs, save_codes, form)  # type: ignore[call-arg, arg-type]
+        input, target, encoder_weight, decoder_weight, encoder_bias, decoder_bias = few_rows_as_float(
+            input, target, encoder_weight, decoder_weight, encoder_bias, decoder_bias
+        )
         input, encoder_weight, decoder_weight = _rows(input), _rows(encoder_weight), _optional_rows(decoder_weight)
         target = _optional_rows(target)
         encoder_bias, decoder_bias = _contiguous(encoder_bias), _contiguous(decoder_bias)
@@ -274,29 +270,9 @@ class Native:
         )
         if total < _DIRECT_BELOW.get(values.dtype, 0.0) * energy:
             weights = (encoder_weight, decoder_weight, encoder_bias, decoder_bias)
-            return self._dense_step((row_starts, columns, values), weights, activation, needs)
+            # The residual is so small that the Gram form cancels.
+            return dense_blocks(self.step, (row_starts, columns, values), weights, activation, needs, _DENSE_ROWS)
         return [torch.tensor(total, dtype=accumulation_dtype(values.dtype)).clamp_(min=0), *d_weights]
-
-    def _dense_step(
-        self,
-        csr: tuple[Tensor, Tensor, Tensor],
-        weights: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
-        activation: str,
-        needs: Sequence[bool],
-    ) -> list[Tensor | None]:
-        """The step of a sparse input whose residual is so small that the Gram form cancels: blocks of dense rows."""
-        row_starts, columns, values = csr
-        in_features = weights[0].shape[1]
-        sums: list[Tensor | None] = []
-        for first in range(0, row_starts.numel() - 1, _DENSE_ROWS):
-            starts = row_starts[first : first + _DENSE_ROWS + 1]
-            stored = slice(int(starts[0]), int(starts[-1]))
-            rows = torch.repeat_interleave(torch.arange(starts.numel() - 1), starts.diff())
-            block = values.new_zeros(starts.numel() - 1, in_features)
-            block.index_put_((rows, columns[stored]), values[stored], accumulate=True)
-            parts = self.step(block, None, *weights, activation, needs, False)[:5]
-            sums = [part if not sums or part is None else sums[i] + part for i, part in enumerate(parts)]  # type: ignore[operator]
-        return sums
 
     def step_input_gradients(
         self,
@@ -340,10 +316,6 @@ def _rows(matrix: Tensor) -> Tensor:
 
 def _optional_rows(matrix: Tensor | None) -> Tensor | None:
     return None if matrix is None else _rows(matrix)
-
-
-def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float()
 
 
 def _contiguous(vector: Tensor | None) -> Tensor | None:

@@ -42,12 +42,12 @@ def reason_against(backend: str, call: Call, device: torch.device, findings: Fin
     """None, or why ``auto`` must not run the call on this backend and device. Off GPUs there is never a reason."""
     if device.type != "cuda":
         return None
-    architecture = _architecture(device) if findings else "this architecture"
-    finding = findings.get(architecture, {}).get(call_class(call))
+    name = architecture(device) if findings else "this architecture"
+    finding = findings.get(name, {}).get(call_class(call))
     if finding is None or backend not in finding["verified"]:
-        return f"its results on such calls are not yet verified on {architecture}"
+        return f"its results on such calls are not yet verified on {name}"
     fastest = finding["fastest"]
-    return None if fastest == backend else f"{fastest} measured faster on such calls on {architecture}"
+    return None if fastest == backend else f"{fastest} measured faster on such calls on {name}"
 
 
 def call_class(call: Call) -> str:
@@ -60,7 +60,7 @@ def call_class(call: Call) -> str:
 
 # For the compiler, which cannot trace the question, the answer is a constant.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _architecture(device: torch.device) -> str:
+def architecture(device: torch.device) -> str:
     """``sm_90`` for compute capability 9.0, ``gfx942`` for such an AMD GPU."""
     if torch.version.hip is not None:
         return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]

@@ -1,0 +1,207 @@
+"""The Triton backend: GPU kernels for float32, bfloat16 and float16, of ranks up to 128.
+
+Two passes over X, four launches, no wait for the device: docs/triton.md. What the kernels are not made for (float64,
+wider codes, sparse input) goes to :mod:`byol_fast.backends.gram`. Set ``TRITON_INTERPRET=1`` before Triton is imported
+and the same kernels run, slowly, on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from importlib import metadata
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import verified
+from ..base import Call, few_rows_as_float
+from ..gram import Gram
+from .config import MAX_RANK
+
+_OLDEST = (3, 6)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _missing() -> str | None:
+    """None, or what is wrong with the installation of Triton. It is not imported: that takes a second."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    version = metadata.version("triton")
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if numbers < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        return f"Triton {version} is too old: {oldest} or later is needed (pip install --upgrade triton)"
+    return None
+
+
+# Asked with the package, not at first use: `torch.compile` cannot trace a search for modules.
+_reason = _missing()
+_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _kernels() -> ModuleType:
+    """The launchers; imports Triton at first use."""
+    return importlib.import_module(f"{__name__}.launch")
+
+
+class Triton:
+    """CUDA tensors (in the interpreter: CPU tensors); see :class:`byol_fast.backends.base.Kernels`."""
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        self._gram = Gram()
+
+    def unavailable(self) -> str | None:
+        if _reason is None and not _interpreted and not torch.cuda.is_available():
+            return "PyTorch sees no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+        return _reason
+
+    def refuses(self, tensors: Sequence[Tensor]) -> str | None:
+        device_type = "cpu" if _interpreted else "cuda"
+        for tensor in tensors:
+            if tensor.device.type != device_type:
+                return f"it runs tensors on {device_type}, not on {tensor.device.type}"
+            if tensor.dtype not in (*_DTYPES, torch.float64):
+                return f"it has no kernels for {tensor.dtype}"
+            architecture = "" if _interpreted else verified.architecture(tensor.device)
+            if architecture.startswith("sm_") and int(architecture[3:]) < 80:
+                return f"its kernels need a GPU of compute capability 8.0 or later, and this one is {architecture}"
+        return None
+
+    def declines(self, call: Call) -> str | None:
+        if call.sparse or call.dtype == torch.float64 or call.rank > MAX_RANK:
+            return f"its kernels are for dense float32, bfloat16 and float16, and ranks up to {MAX_RANK}"
+        return None
+
+    def form(self, dtype: torch.dtype, tied: bool, sparse: bool) -> str:
+        if sparse or dtype == torch.float64:
+            return self._gram.form(dtype, tied, sparse)
+        gram = "gram (tied: one product)" if tied else "gram"
+        if dtype != torch.float32:
+            return gram
+        return f"{gram}, direct for row tiles with a residual ratio below 0.004"
+
+    def squared_error(self, input: Tensor, target: Tensor) -> Tensor:
+        if input.dtype == torch.float64:
+            return self._gram.squared_error(input, target)
+        launch = _kernels()
+        with launch.on_device(input):
+            total: Tensor = launch.squared_error_sum(input, target)
+        return total
+
+    def squared_error_backward(
+        self, input: Tensor, target: Tensor, scale: Tensor, needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        if input.dtype == torch.float64:
+            return self._gram.squared_error_backward(input, target, scale, needs)
+        launch = _kernels()
+        with launch.on_device(input):
+            gradients: list[Tensor | None] = launch.squared_error_gradients(input, target, scale, needs)
+        return gradients
+
+    def bottleneck(
+        self,
+        input: Tensor,
+        encoder_weight: Tensor,
+        decoder_weight: Tensor | None,
+        encoder_bias: Tensor | None,
+        decoder_bias: Tensor | None,
+        activation: str,
+        residual: bool,
+        save_code: bool,
+    ) -> list[Tensor | None]:
+        arguments = (input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation, residual, save_code)
+        if not _fits(input, encoder_weight):
+            return self._gram.bottleneck(*arguments)
+        launch = _kernels()
+        with launch.on_device(input):
+            results: list[Tensor | None] = launch.forward(*arguments)
+        return results
+
+    def bottleneck_backward(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        encoder_weight: Tensor,
+        decoder_weight: Tensor | None,
+        code: Tensor,
+        activation: str,
+        residual: bool,
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        arguments = (grad, input, encoder_weight, decoder_weight, code, activation, residual)
+        if not _fits(input, encoder_weight):
+            return self._gram.bottleneck_backward(*arguments, needs)
+        launch = _kernels()
+        with launch.on_device(input):
+            results = launch.backward(*arguments, needs[0], any(needs[1:]))
+        return _wanted(results, needs)
+
+    def step(
+        self,
+        input: Tensor,
+        target: Tensor | None,
+        encoder_weight: Tensor,
+        decoder_weight: Tensor | None,
+        encoder_bias: Tensor | None,
+        decoder_bias: Tensor | None,
+        activation: str,
+        needs: Sequence[bool],
+        save_codes: bool,
+    ) -> list[Tensor | None]:
+        operands = (input, target, encoder_weight, decoder_weight, encoder_bias, decoder_bias)
+        if not _fits(input, encoder_weight):
+            return self._gram.step(*operands, activation, needs, save_codes)
+        launch = _kernels()
+        with launch.on_device(input):
+            results = launch.step(*few_rows_as_float(*operands), activation, any(needs), save_codes)
+        return _wanted(results, (True, *needs, save_codes, save_codes))
+
+    def sparse_step(
+        self,
+        row_starts: Tensor,
+        columns: Tensor,
+        values: Tensor,
+        encoder_weight: Tensor,
+        decoder_weight: Tensor | None,
+        encoder_bias: Tensor | None,
+        decoder_bias: Tensor | None,
+        activation: str,
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        weights = (encoder_weight, decoder_weight, encoder_bias, decoder_bias)
+        return self._gram.sparse_step(row_starts, columns, values, *weights, activation, needs)
+
+    def step_input_gradients(
+        self,
+        input: Tensor,
+        target: Tensor | None,
+        encoder_weight: Tensor,
+        decoder_weight: Tensor | None,
+        decoder_bias: Tensor | None,
+        code: Tensor,
+        code_gradient: Tensor,
+        scale: Tensor,
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        arguments = (input, target, encoder_weight, decoder_weight, decoder_bias, code, code_gradient, scale, needs)
+        if not _fits(input, encoder_weight):
+            return self._gram.step_input_gradients(*arguments)
+        launch = _kernels()
+        with launch.on_device(input):
+            gradients: list[Tensor | None] = launch.data_gradients(*arguments)
+        return gradients
+
+
+def _fits(input: Tensor, encoder_weight: Tensor) -> bool:
+    return input.dtype != torch.float64 and encoder_weight.shape[0] <= MAX_RANK
+
+
+def _wanted(results: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+    return [result if need else None for result, need in zip(results, needs, strict=True)]
