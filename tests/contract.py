@@ -132,7 +132,7 @@ def results(
         getattr(leaves, name).requires_grad_()
     output = leaves.call(function, **options)
     generator = torch.Generator().manual_seed(1)
-    cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
+    cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
     if output.dim() == 0:
         cotangent = torch.ones_like(output)
     gradients = torch.autograd.grad(output, [getattr(leaves, name) for name in wanted], cotangent)

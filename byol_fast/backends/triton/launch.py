@@ -15,8 +15,8 @@ from .kernels import collect, encode, layer, squared_error
 
 # The residual ratio below which a row tile takes the direct form.
 DIRECT_BELOW = 4e-3
-# How float32 is multiplied when it may not be rounded: three bfloat16 parts each, six products.
-_EXACT = "bf16x6"
+# Rows and columns of G that one program makes.
+_GRAM_TILE = 16
 _ELEMENTS, _BLOCKS = 4096, 8
 # Columns of the gradients that one program of the last launch makes, and partial losses it adds at a time.
 _FINISH_COLUMNS, _TILES = 32, 1024
@@ -30,10 +30,20 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def _precision(x: Tensor) -> dict[str, Any]:
-    """How operands are multiplied: tf32 only where PyTorch's own settings allow it."""
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    """How float32 is multiplied: in tf32 only where PyTorch's own settings allow it, and never where digits cancel.
+
+    float32 input takes plain float32 arithmetic. Where the input is in half precision and the code is not, three
+    bfloat16 parts of each number, and six products, keep the matrix unit busy.
+    """
     half = x.dtype != torch.float32
-    return {"TF32": tf32, "PRECISION": "ieee" if half else "tf32" if tf32 else _EXACT}
+    tf32 = not half and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return {"TF32": tf32, "PRECISION": "tf32" if tf32 else "ieee", "EXACT": "bf16x6" if half else "ieee"}
+
+
+def _product(x: Tensor) -> dict[str, Any]:
+    """For kernels in which nothing cancels."""
+    precision = _precision(x)
+    return {"TF32": precision["TF32"], "PRECISION": precision["PRECISION"]}
 
 
 def _run(kernel: Any, grid: tuple[int, ...], launch: Launch, *arguments: Any, **options: Any) -> None:
@@ -72,13 +82,13 @@ def step(
     tied, goal, weight = decoder is None, x if target is None else target, _decoder(encoder, decoder)
     rows, rank = x.shape[0], encoder.shape[0]
     launches, precision = _config(x, rank), _precision(x)
-    flags: dict[str, Any] = {"HAS_DECODER_BIAS": decoder_bias is not None, "TF32": precision["TF32"], "EXACT": _EXACT}
+    flags: dict[str, Any] = {"HAS_DECODER_BIAS": decoder_bias is not None, "TF32": precision["TF32"]}
     direct_below = DIRECT_BELOW if x.dtype == torch.float32 else 0.0
     gram, offset = _floats(x, rank, rank), _floats(x, rank)
-    tile = min(padded_rank(rank), 32)
     _run(
-        encode.prepare, (_ceil(rank, tile),) * 2, Launch(0, 0, 4, 2),
-        weight, _or(decoder_bias, x), gram, offset, *weight.shape, *weight.stride(), **flags, TILE=tile, BLOCK=128,
+        encode.prepare, (_ceil(rank, _GRAM_TILE),) * 2, Launch(0, 0, 4, 2),
+        weight, _or(decoder_bias, x), gram, offset, *weight.shape, *weight.stride(), **flags,
+        TILE=_GRAM_TILE, BLOCK=64,
     )  # fmt: skip
 
     # float32 codes are stored as they are, unless products round them.
@@ -97,7 +107,7 @@ def step(
         *x.shape, goal.shape[1], rank, *x.stride(), *goal.stride(), *encoder.stride(), *weight.stride(),
         **flags, ACTIVATION=activation, JOINT=target is None, TIED=tied, HAS_ENCODER_BIAS=encoder_bias is not None,
         STORE=gradients or (save_codes and same), STORE_WIDE=save_codes and not same, DIRECT_BELOW=direct_below,
-        PRECISION=precision["PRECISION"], **_blocks(launches.encode, rank),
+        PRECISION=precision["PRECISION"], EXACT=precision["EXACT"], **_blocks(launches.encode, rank),
     )  # fmt: skip
     total = _floats(x)
     codes = [wide_code, wide_slope] if save_codes else [None, None]
@@ -130,7 +140,8 @@ def _gradients(
     launches = _config(x, rank)
     launch = launches.collect
     flags = {
-        "GRAM": gram, "HAS_DECODER_BIAS": decoder_bias is not None, "TF32": precision["TF32"], "EXACT": _EXACT,
+        "GRAM": gram, "HAS_DECODER_BIAS": decoder_bias is not None,
+        "TF32": precision["TF32"], "EXACT": precision["EXACT"],
     }  # fmt: skip
     column_tiles = _ceil(out_features, launch.columns) + (0 if joint else _ceil(in_features, launch.columns)) + 1
     splits, share = _splits(x, rows, column_tiles, launch.rows)
@@ -150,7 +161,7 @@ def _gradients(
     d_decoder = None if decoder is None else _floats(x, out_features, rank)
     d_decoder_bias = _floats(x, out_features)
     _run(
-        collect.finish, (_ceil(max(in_features, out_features), _FINISH_COLUMNS),), Launch(0, 0, 4, 1),
+        collect.finish, (_ceil(max(in_features, out_features), _FINISH_COLUMNS),), Launch(0, 0, 8, 1),
         weight, _or(decoder_bias, x), losses, *sums,
         total, d_encoder, _or(d_decoder, x), d_encoder_bias, d_decoder_bias,
         in_features, out_features, rank, splits, losses.numel(), *weight.stride(),
@@ -187,7 +198,7 @@ def forward(
         x, encoder, weight, _or(encoder_bias, x), _or(decoder_bias, x), output, _or(code, x),
         *x.shape, out_features, rank, *x.stride(), *encoder.stride(), *weight.stride(),
         ACTIVATION=activation, RESIDUAL=residual, HAS_ENCODER_BIAS=encoder_bias is not None,
-        HAS_DECODER_BIAS=decoder_bias is not None, STORE_WIDE=save_code, **_precision(x), **_blocks(launch, rank),
+        HAS_DECODER_BIAS=decoder_bias is not None, STORE_WIDE=save_code, **_product(x), **_blocks(launch, rank),
     )  # fmt: skip
     return [output, code]
 
@@ -212,7 +223,7 @@ def backward(
         layer.backward, (_ceil(rows, launch.rows),), launch,
         grad, encoder, weight, wide_code.contiguous(), code, slope, _or(d_input, x),
         rows, in_features, grad.shape[1], rank, *grad.stride(), *encoder.stride(), *weight.stride(),
-        ACTIVATION=activation, RESIDUAL=residual, STORE=gradients, INPUT=input_gradient, **_precision(x),
+        ACTIVATION=activation, RESIDUAL=residual, STORE=gradients, INPUT=input_gradient, **_product(x),
         **_blocks(launch, rank),
     )  # fmt: skip
     if not gradients:
@@ -244,7 +255,7 @@ def data_gradients(
         *(_or(output, x) for output in outputs),
         *x.shape, goal.shape[1], rank, *goal.stride(), *encoder.stride(), *weight.stride(),
         JOINT=target is None, INPUT=needs[0], TARGET=needs[1], HAS_DECODER_BIAS=decoder_bias is not None,
-        **_precision(x), **_blocks(launch, rank),
+        **_product(x), **_blocks(launch, rank),
     )  # fmt: skip
     return outputs
 

@@ -21,7 +21,7 @@ FRESH_COLUMNS = tl.constexpr(512)
 def prepare(
     decoder, decoder_bias, gram, offset,
     out_features, rank, decoder_row, decoder_column,
-    HAS_DECODER_BIAS: tl.constexpr, TF32: tl.constexpr, EXACT: tl.constexpr,
+    HAS_DECODER_BIAS: tl.constexpr, TF32: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """G = Wdᵀ Wd and bd Wd. All rows share their errors, which do not average out: they are summed in float64."""
@@ -31,13 +31,12 @@ def prepare(
     biases = tl.zeros([TILE], dtype=tl.float64)
     for first in range(0, out_features, BLOCK):
         d = first + tl.arange(0, BLOCK)
-        left = matrix(decoder, d, i, decoder_row, decoder_column, out_features, rank, TF32)
-        right = matrix(decoder, d, j, decoder_row, decoder_column, out_features, rank, TF32)
-        zero = tl.zeros([TILE, TILE], dtype=tl.float32)
-        products += dot(tl.trans(left), right, zero, EXACT).to(tl.float64)
+        left = matrix(decoder, d, i, decoder_row, decoder_column, out_features, rank, TF32).to(tl.float64)
+        right = matrix(decoder, d, j, decoder_row, decoder_column, out_features, rank, TF32).to(tl.float64)
+        products = tl.dot(tl.trans(left), right, products, input_precision="ieee", out_dtype=tl.float64)
         if HAS_DECODER_BIAS:
             bias = vector(decoder_bias, d, out_features, True)
-            biases += tl.sum(right.to(tl.float64) * bias.to(tl.float64)[:, None], axis=0)
+            biases += tl.sum(right * bias.to(tl.float64)[:, None], axis=0)
     put(gram, products.to(tl.float32), i, j, rank, 1, rank, rank)
     if tl.program_id(0) == 0:
         tl.store(offset + j, biases.to(tl.float32), mask=j < rank)

@@ -1,0 +1,121 @@
+"""The Triton kernels in the interpreter, on CPU tensors: what the contract tests of all backends do not reach.
+
+Run by test_interpreter.py in a process of its own, for Triton decides at import whether it interprets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from contract import Operands, assert_all, make_operands, relative_error, results
+
+import byol_fast as bf
+from byol_fast import reference
+from byol_fast.backends.triton import config, launch
+
+# Ranks of every width of a tile, ragged; columns beyond one float32 sum of pass 1.
+SHAPES = [(5, 70, 1), (67, 530, 16), (130, 40, 33)]
+
+
+@pytest.fixture(autouse=True)
+def _backend() -> None:
+    bf.use_backend("triton")
+
+
+def check(operands: Operands, **options: object) -> None:
+    assert_all(bf.bottleneck_mse_loss, reference.bottleneck_mse_loss, operands, **options)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_ragged_shapes(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    check(make_operands(*shape, dtype=dtype), reduction="sum")
+
+
+def test_more_columns_than_one_share_of_a_target() -> None:
+    check(make_operands(40, 40, 9, 530, target=True))
+
+
+def test_rows_beyond_one_float32_sum_of_pass_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One share, so that its program begins afresh and adds to what it stored.
+    monkeypatch.setattr(launch, "_MAX_SPLITS", 1)
+    check(make_operands(4096 + 70, 20, 5, dtype=torch.bfloat16), reduction="sum")
+
+
+def test_some_tiles_direct_and_others_not() -> None:
+    # Rows that the bottleneck reproduces to 1e-6 beside rows that it misses.
+    near, far = make_operands(128, 60, 7, ratio=1e-6), make_operands(128, 60, 7, ratio=1.0)
+    operands = replace(near, input=torch.cat([near.input, far.input]))
+    for tied in (False, True):
+        check(replace(operands, decoder_weight=None) if tied else operands)
+
+
+def test_the_widest_code() -> None:
+    check(make_operands(33, 70, 100))
+
+
+def test_a_rank_beyond_the_kernels_takes_the_gram_route() -> None:
+    check(make_operands(64, 300, config.MAX_RANK + 1))
+
+
+def test_tf32_rounds_each_operand_once() -> None:
+    """The loss is that of the rounded operands to float32's accuracy: ‖a‖², G and Q see the same numbers."""
+    operands = make_operands(200, 90, 11, ratio=1e-2, bias=False)
+
+    def rounded(tensor: torch.Tensor) -> torch.Tensor:
+        bits = tensor.view(torch.int32)
+        return ((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000).view(torch.float32)
+
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        ours = results(bf.bottleneck_mse_loss, operands)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    truth = results(reference.bottleneck_mse_loss, operands.map(rounded).map(torch.Tensor.double))
+    assert relative_error(ours["output"], truth["output"]) < 2e-6
+    for name in ("d_encoder_weight", "d_decoder_weight"):
+        # The code and its gradient are rounded, too: 2⁻¹² of them, over the residual, which is a tenth of the rows.
+        assert relative_error(ours[name], truth[name]) < 1e-3, name
+
+
+def test_padding_of_rows_and_ranks_is_not_read() -> None:
+    # Rows and ranks between NaNs: what lies outside the matrices must not count.
+    operands = make_operands(37, 41, 5, target=True, out_features=19)
+
+    def inside(tensor: torch.Tensor) -> torch.Tensor:
+        padded = torch.full([size + 40 for size in tensor.shape], float("nan"), dtype=tensor.dtype)
+        view = padded[tuple(slice(20, 20 + size) for size in tensor.shape)]
+        return view.copy_(tensor)
+
+    ours = operands.map(inside).call(bf.bottleneck_mse_loss)
+    torch.testing.assert_close(ours, operands.call(reference.bottleneck_mse_loss))
+
+
+def test_offsets_beyond_two_to_the_31() -> None:
+    # One row of storage seen as many, 2³⁰ elements apart, would need terabytes: the second row lies 2³¹ + 8 further on.
+    storage = torch.empty(2**31 + 64, dtype=torch.bfloat16)
+    x = storage.as_strided((2, 16), (2**31 + 8, 1))
+    x.copy_(torch.randn(2, 16))
+    operands = replace(make_operands(2, 16, 3, dtype=torch.bfloat16), input=x)
+    leaves = operands.map(torch.Tensor.contiguous)
+    assert torch.equal(operands.call(bf.bottleneck_mse_loss), leaves.call(bf.bottleneck_mse_loss))
+    assert torch.equal(operands.call(bf.bottleneck), leaves.call(bf.bottleneck))
+
+
+def test_launches_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, small batches are bound by launches: prepare, pass 1, pass 2, finish."""
+    names: list[str] = []
+    run = launch._run
+
+    def counted(kernel, *args, **options):  # type: ignore[no-untyped-def]
+        names.append(kernel.__name__)
+        run(kernel, *args, **options)
+
+    monkeypatch.setattr(launch, "_run", counted)
+    operands = make_operands(40, 30, 4).map(lambda tensor: tensor.requires_grad_())
+    loss = operands.call(bf.bottleneck_mse_loss)
+    assert names == ["prepare", "encode", "collect", "finish"]
+    loss.backward()
+    assert names[4:] == ["data_gradients"]
