@@ -43,10 +43,6 @@ def config(rank: int, half: bool) -> Config:
     return _TABLE[half, padded_rank(rank)]
 
 
-def _uniform(*launch: int) -> Config:
-    return Config(*(Launch(*launch),) * 5)
-
-
 _TABLE = {
     (True, 16): Config(
         Launch(128, 64, 8, 3), Launch(64, 128, 4, 3), Launch(64, 64, 4, 3), Launch(64, 64, 4, 3), Launch(64, 64, 4, 1)
@@ -58,10 +54,19 @@ _TABLE = {
         Launch(128, 64, 8, 3), Launch(64, 128, 8, 3), Launch(64, 64, 4, 3), Launch(64, 64, 4, 3), Launch(64, 64, 4, 1)
     ),
     (True, 128): Config(
-        Launch(64, 64, 8, 2), Launch(64, 128, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 1)
+        Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 1)
     ),
-    (False, 16): _uniform(64, 32, 4, 2),
-    (False, 32): _uniform(64, 32, 4, 2),
-    (False, 64): _uniform(64, 32, 4, 2),
-    (False, 128): _uniform(32, 32, 8, 2),
+    # float32 is multiplied without the matrix unit, and unrolled: small tiles, or it spills.
+    (False, 16): Config(
+        Launch(64, 32, 4, 2), Launch(32, 32, 4, 2), Launch(64, 32, 4, 2), Launch(64, 32, 4, 2), Launch(64, 32, 4, 1)
+    ),
+    (False, 32): Config(
+        Launch(64, 32, 8, 2), Launch(32, 32, 4, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 1)
+    ),
+    (False, 64): Config(
+        Launch(32, 32, 8, 2), Launch(32, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 1)
+    ),
+    (False, 128): Config(
+        Launch(32, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 1)
+    ),
 }

@@ -143,7 +143,10 @@ def _gradients(
         "GRAM": gram, "HAS_DECODER_BIAS": decoder_bias is not None,
         "TF32": precision["TF32"], "EXACT": precision["EXACT"],
     }  # fmt: skip
-    column_tiles = _ceil(out_features, launch.columns) + (0 if joint else _ceil(in_features, launch.columns)) + 1
+    code_columns = min(32, padded_rank(rank))
+    column_tiles = _ceil(out_features, launch.columns) + (0 if joint else _ceil(in_features, launch.columns))
+    # Without the Gram form, the last tile only adds up dU.
+    column_tiles += _ceil(rank, code_columns) if gram else 1
     splits, share = _splits(x, rows, column_tiles, launch.rows)
     target_code, input_slope = _floats(x, splits, out_features, rank), _floats(x, splits, in_features, rank)
     code_code, target_sums = _floats(x, splits, rank, rank), _floats(x, splits, out_features)
@@ -155,7 +158,7 @@ def _gradients(
         rows, in_features, out_features, rank, share, launches.encode.rows,
         *x.stride(), *target.stride(), *weight.stride(),
         **flags, JOINT=joint, DIRECT=direct_tiles.numel() > 0, PRECISION=precision["PRECISION"],
-        **_blocks(launch, rank),
+        **_blocks(launch, rank), CODE_COLUMNS=code_columns,
     )  # fmt: skip
     d_encoder, d_encoder_bias = _floats(x, rank, in_features), _floats(x, rank)
     d_decoder = None if decoder is None else _floats(x, out_features, rank)
@@ -165,7 +168,8 @@ def _gradients(
         weight, _or(decoder_bias, x), losses, *sums,
         total, d_encoder, _or(d_decoder, x), d_encoder_bias, d_decoder_bias,
         in_features, out_features, rank, splits, losses.numel(), *weight.stride(),
-        **flags, TIED=decoder is None, COLUMNS=_FINISH_COLUMNS, RANK=padded_rank(rank), TILES=_TILES,
+        **flags, TIED=decoder is None, COLUMNS=_FINISH_COLUMNS, RANK=padded_rank(rank),
+        CODE_COLUMNS=code_columns, TILES=_TILES,
     )  # fmt: skip
     return [d_encoder, d_decoder, d_encoder_bias, d_decoder_bias]
 

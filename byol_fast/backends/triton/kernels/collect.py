@@ -27,7 +27,7 @@ def collect(
     x_row, x_column, target_row, target_column, decoder_row, decoder_column,
     JOINT: tl.constexpr, GRAM: tl.constexpr, HAS_DECODER_BIAS: tl.constexpr, DIRECT: tl.constexpr,
     TF32: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, CODE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Program (c, s): columns c, rows s·share … JOINT: one reading of X serves Z and dU. GRAM: with ZᵀZ and Σz."""
     column_tile = tl.program_id(0)
@@ -77,9 +77,11 @@ def collect(
                 with_slope = dot(tl.trans(left), du, with_slope, PRECISION)
             add(input_slope, with_slope, split, d, k, in_features, rank, chunk > begin)
     else:
+        block = column_tile - target_tiles - input_tiles
+        j = block * CODE_COLUMNS + tl.arange(0, CODE_COLUMNS)
         for chunk in range(begin, end, FRESH_ROWS):
-            products = tl.zeros([RANK, RANK], dtype=tl.float32)
-            sums = tl.zeros([RANK], dtype=tl.float32)
+            products = tl.zeros([CODE_COLUMNS, RANK], dtype=tl.float32)
+            sums = tl.zeros([CODE_COLUMNS], dtype=tl.float32)
             slopes = tl.zeros([RANK], dtype=tl.float32)
             for first in range(chunk, min(chunk + FRESH_ROWS, end), ROWS):
                 n = first + tl.arange(0, ROWS)
@@ -91,14 +93,16 @@ def collect(
                     if DIRECT:
                         if tl.load(direct_tiles + first // tile_rows) != 0:
                             last = begin
+                    left = matrix(code, n, j, rank, 1, last, rank, False)
                     z = matrix(code, n, k, rank, 1, last, rank, False)
-                    products = dot(tl.trans(z), z, products, PRECISION)
-                    sums += tl.sum(z.to(tl.float32), axis=0)
+                    products = dot(tl.trans(left), z, products, PRECISION)
+                    sums += tl.sum(left.to(tl.float32), axis=0)
             more = chunk > begin
-            add_vector(slope_sums, slopes, split, k, rank, more)
+            if block == 0:
+                add_vector(slope_sums, slopes, split, k, rank, more)
             if GRAM:
-                add(code_code, products, split, k, k, rank, rank, more)
-                add_vector(code_sums, sums, split, k, rank, more)
+                add(code_code, products, split, j, k, rank, rank, more)
+                add_vector(code_sums, sums, split, j, rank, more)
 
 
 @triton.jit
@@ -125,7 +129,7 @@ def finish(
     total, d_encoder, d_decoder, d_encoder_bias, d_decoder_bias,
     in_features, out_features, rank, splits, tiles, decoder_row, decoder_column,
     TIED: tl.constexpr, GRAM: tl.constexpr, HAS_DECODER_BIAS: tl.constexpr, TF32: tl.constexpr, EXACT: tl.constexpr,
-    COLUMNS: tl.constexpr, RANK: tl.constexpr, TILES: tl.constexpr,
+    COLUMNS: tl.constexpr, RANK: tl.constexpr, CODE_COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Adds the shares up and makes the four gradients, a block of columns a program; GRAM: and the loss."""
     block = tl.program_id(0)
@@ -141,15 +145,23 @@ def finish(
         from_slope += matrix(input_slope + in_shift * rank, d, k, rank, 1, in_features, rank, False)
         sums += vector(target_sums + out_shift, d, out_features, True)
     if GRAM:
-        products = tl.zeros([RANK, RANK], dtype=tl.float32)
         codes = tl.zeros([RANK], dtype=tl.float32)
         for split in range(splits):
-            products += matrix(code_code + split * rank * rank, k, k, rank, 1, rank, rank, False)
             codes += vector(code_sums + split * rank, k, rank, True)
-        weight = matrix(decoder, d, k, decoder_row, decoder_column, out_features, rank, TF32).to(tl.float32)
         bias = vector(decoder_bias, d, out_features, HAS_DECODER_BIAS)
-        from_code = dot(weight, products, bias[:, None] * codes[None, :] - from_code, EXACT)
-        sums = tl.sum(weight * codes[None, :], axis=1) - sums
+        from_code = bias[:, None] * codes[None, :] - from_code
+        sums = -sums
+        # A few codes at a time: the whole of ZᵀZ would not fit the registers.
+        for first in range(0, RANK, CODE_COLUMNS):
+            j = first + tl.arange(0, CODE_COLUMNS)
+            products = tl.zeros([CODE_COLUMNS, RANK], dtype=tl.float32)
+            some_codes = tl.zeros([CODE_COLUMNS], dtype=tl.float32)
+            for split in range(splits):
+                products += matrix(code_code + split * rank * rank, j, k, rank, 1, rank, rank, False)
+                some_codes += vector(code_sums + split * rank, j, rank, True)
+            weight = matrix(decoder, d, j, decoder_row, decoder_column, out_features, rank, TF32).to(tl.float32)
+            from_code = dot(weight, products, from_code, EXACT)
+            sums += tl.sum(weight * some_codes[None, :], axis=1)
     tl.store(d_decoder_bias + d, sums, mask=d < out_features)
     if TIED:
         from_slope += from_code
