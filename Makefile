@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: test demo lint bench bench-quick bench-compress sanitize fuzz wheel clean
+.PHONY: test demo lint bench bench-quick bench-compress gpu triton-offline triton36 sanitize fuzz wheel clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.torch:
@@ -43,6 +43,21 @@ bench-quick: $(INSTALLED)
 # Whole real models, fetched once; half an hour on two cores.
 bench-compress: $(INSTALLED)
 	$(BIN)/python -m bench.compress
+
+# On a machine with a GPU, in the Python that is there, which has torch and triton: nothing is installed.
+gpu:
+	PYTHONPATH=. $(PYTHON) -m bench.gpu
+
+# Every Triton kernel compiled for every architecture, without a GPU.
+triton-offline: $(INSTALLED)
+	PYTHONPATH=. $(BIN)/python tests/triton/offline.py
+
+# The oldest Triton that is supported, with the torch it belongs to, in an environment of its own. Its interpreter fails
+# on loops with run-time bounds under later versions of numpy.
+triton36:
+	$(PYTHON) -m venv .venv-triton36
+	.venv-triton36/bin/python -m pip install --quiet "torch==2.11.0" "triton==3.6.0" "numpy<2.4" tqdm safetensors pytest hypothesis
+	.venv-triton36/bin/python -m pytest -q tests/triton
 
 # The native core under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer.
 sanitize: $(INSTALLED)
