@@ -56,7 +56,7 @@ triton-offline: $(INSTALLED)
 # on loops with run-time bounds under later versions of numpy.
 triton36:
 	$(PYTHON) -m venv .venv-triton36
-	.venv-triton36/bin/python -m pip install --quiet "torch==2.11.0" "triton==3.6.0" "numpy<2.4" tqdm safetensors pytest hypothesis
+	.venv-triton36/bin/python -m pip install --quiet "torch~=2.11.0" "triton~=3.6.0" "numpy<2.4" tqdm safetensors pytest hypothesis
 	.venv-triton36/bin/python -m pytest -q tests/triton
 
 # The native core under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer.

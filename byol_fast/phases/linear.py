@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..nn import Bottleneck
 from ..pca import StreamingPCA
@@ -41,6 +40,9 @@ def has_covariance(pca: StreamingPCA) -> bool:
 
 
 def _read(pca: StreamingPCA, batches: Batches, progress: bool) -> None:
+    # Here, so that the package needs nothing but torch and numpy to be imported.
+    from tqdm import tqdm
+
     hidden = True if not progress or processes.rank() else None
     with tqdm(total=batches.identity().get("rows"), desc="covariance", unit="row", disable=hidden) as bar:
         for batch in batches.in_order():

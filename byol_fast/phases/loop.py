@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from tqdm import tqdm
 
 from . import processes
 from .batches import Batch, Batches
@@ -245,6 +244,8 @@ class Loop:
         total = None if steps is None else steps * self.options.epochs
         done = (steps or 0) * len(self.history) + self.step
         hidden = True if not self.options.progress or processes.rank() else None
+        from tqdm import tqdm
+
         return tqdm(total=total, initial=done, desc=str(self.phase["phase"]), unit="step", disable=hidden)
 
     def _schedule(self) -> None:
