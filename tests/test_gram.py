@@ -1,0 +1,81 @@
+"""The Gram identity in PyTorch's own products: the accuracy contract, on the device that is here.
+
+Not among the backends of every test: ``auto`` never runs it on a CPU, and its layer is what eager does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from contract import ACTIVATIONS, DTYPES, assert_all, make_operands, results
+
+import byol_fast as bf
+from byol_fast import reference
+from byol_fast.backends import gram
+
+
+@pytest.fixture(autouse=True)
+def _backend() -> Iterator[None]:
+    with bf.use_backend("gram"):
+        yield
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_step_over_residual_ratios(dtype: torch.dtype, tied: bool, ratio: float) -> None:
+    operands = make_operands(dtype=dtype, tied=tied, ratio=ratio)
+    assert_all(bf.bottleneck_mse_loss, reference.bottleneck_mse_loss, operands, reduction="sum")
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1e-4])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_step_with_a_target(activation: str, ratio: float) -> None:
+    operands = make_operands(out_features=47, target=True, activation=activation, ratio=ratio)
+    assert_all(bf.bottleneck_mse_loss, reference.bottleneck_mse_loss, operands, activation=activation)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 83, 13), (97, 31, 37), (1009, 29, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_step_over_shapes(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    assert_all(bf.bottleneck_mse_loss, reference.bottleneck_mse_loss, make_operands(*shape, dtype=dtype))
+
+
+def test_blocks_of_columns_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gram, "_BLOCK", 1)
+    assert_all(bf.bottleneck_mse_loss, reference.bottleneck_mse_loss, make_operands(ratio=1e-5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_layer(activation: str, dtype: torch.dtype) -> None:
+    for tied in (False, True):
+        operands = make_operands(dtype=dtype, tied=tied)
+        assert_all(bf.bottleneck, reference.bottleneck, operands, activation=activation, residual=True)
+
+
+def test_squared_error() -> None:
+    x, t = torch.randn(9, 7, requires_grad=True), torch.randn(9, 7)
+    bf.mse_loss(x, t).backward()
+    torch.testing.assert_close(x.grad, 2 * (x.detach() - t) / 63)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
+def test_sparse_input() -> None:
+    operands = make_operands(rows=40)
+    dense = results(bf.bottleneck_mse_loss, operands, ("encoder_weight", "decoder_weight"))
+    leaves = replace(operands, input=operands.input.to_sparse_csr())
+    weights = [leaves.encoder_weight.requires_grad_(), leaves.decoder_weight.requires_grad_()]
+    loss = leaves.call(bf.bottleneck_mse_loss)
+    for name, gradient in zip(("encoder", "decoder"), torch.autograd.grad(loss, weights), strict=True):
+        torch.testing.assert_close(gradient, dense[f"d_{name}_weight"], rtol=1e-4, atol=1e-6)
+
+
+def test_form_and_refusal() -> None:
+    operands = make_operands(5, 4, 2, tied=True)
+    assert "gram (tied: one product), direct" in operands.call(bf.explain).form  # type: ignore[attr-defined]
+    with pytest.raises(bf.BackendError, match="computes values, which tensors on meta have none of"):
+        operands.map(lambda tensor: tensor.to("meta")).call(bf.bottleneck_mse_loss)
