@@ -98,12 +98,13 @@ def step(
     if not save_codes:
         wide_code, wide_slope = x, x
     tiles = _ceil(rows, launches.encode.rows)
+    slope_sums = _floats(x, tiles, rank)
     losses = x.new_empty(tiles, dtype=torch.float64)
     direct_tiles = x.new_empty(tiles if direct_below else 0, dtype=torch.int32)
     _run(
         encode.encode, (tiles,), launches.encode,
         x, goal, encoder, weight, _or(encoder_bias, x), _or(decoder_bias, x), gram, offset,
-        code, slope, wide_code, wide_slope, losses, direct_tiles,
+        code, slope, wide_code, wide_slope, slope_sums, losses, direct_tiles,
         *x.shape, goal.shape[1], rank, *x.stride(), *goal.stride(), *encoder.stride(), *weight.stride(),
         **flags, ACTIVATION=activation, JOINT=target is None, TIED=tied, HAS_ENCODER_BIAS=encoder_bias is not None,
         STORE=gradients or (save_codes and same), STORE_WIDE=save_codes and not same, DIRECT_BELOW=direct_below,
@@ -115,7 +116,19 @@ def step(
         _run(collect.add_up, (1,), Launch(0, 0, 4, 1), losses, total, tiles, BLOCK=_TILES)
         return [total, None, None, None, None, *codes]
     results = _gradients(
-        x, goal, encoder, decoder, decoder_bias, code, slope, losses, direct_tiles, total, target is None, True
+        x,
+        goal,
+        encoder,
+        decoder,
+        decoder_bias,
+        code,
+        slope,
+        slope_sums,
+        losses,
+        direct_tiles,
+        total,
+        target is None,
+        True,
     )
     return [total, *results, *codes]
 
@@ -128,6 +141,7 @@ def _gradients(
     decoder_bias: Tensor | None,
     code: Tensor,
     slope: Tensor,
+    slope_sums: Tensor,
     losses: Tensor,
     direct_tiles: Tensor,
     total: Tensor,
@@ -140,18 +154,15 @@ def _gradients(
     launches = _config(x, rank)
     launch = launches.collect
     flags = {
-        "GRAM": gram, "HAS_DECODER_BIAS": decoder_bias is not None,
-        "TF32": precision["TF32"], "EXACT": precision["EXACT"],
+        "HAS_DECODER_BIAS": decoder_bias is not None, "TF32": precision["TF32"], "EXACT": precision["EXACT"],
     }  # fmt: skip
     code_columns = min(32, padded_rank(rank))
     column_tiles = _ceil(out_features, launch.columns) + (0 if joint else _ceil(in_features, launch.columns))
-    # Without the Gram form, the last tile only adds up dU.
-    column_tiles += _ceil(rank, code_columns) if gram else 1
+    column_tiles += _ceil(rank, code_columns) if gram else 0
     splits, share = _splits(x, rows, column_tiles, launch.rows)
     target_code, input_slope = _floats(x, splits, out_features, rank), _floats(x, splits, in_features, rank)
     code_code, target_sums = _floats(x, splits, rank, rank), _floats(x, splits, out_features)
-    code_sums, slope_sums = _floats(x, splits, rank), _floats(x, splits, rank)
-    sums = (target_code, input_slope, code_code, target_sums, code_sums, slope_sums)
+    sums = (target_code, input_slope, code_code, target_sums, _floats(x, splits, rank))
     _run(
         collect.collect, (column_tiles, splits), launch,
         x, target, weight, _or(decoder_bias, x), code, slope, direct_tiles, *sums,
@@ -165,11 +176,11 @@ def _gradients(
     d_decoder_bias = _floats(x, out_features)
     _run(
         collect.finish, (_ceil(max(in_features, out_features), _FINISH_COLUMNS),), Launch(0, 0, 8, 1),
-        weight, _or(decoder_bias, x), losses, *sums,
+        weight, _or(decoder_bias, x), losses, *sums, slope_sums,
         total, d_encoder, _or(d_decoder, x), d_encoder_bias, d_decoder_bias,
-        in_features, out_features, rank, splits, losses.numel(), *weight.stride(),
-        **flags, TIED=decoder is None, COLUMNS=_FINISH_COLUMNS, RANK=padded_rank(rank),
-        CODE_COLUMNS=code_columns, TILES=_TILES,
+        in_features, out_features, rank, splits, slope_sums.shape[0], *weight.stride(),
+        **flags, GRAM=gram, TIED=decoder is None, COLUMNS=_FINISH_COLUMNS, RANK=padded_rank(rank),
+        CODE_COLUMNS=code_columns, TILES=_TILES, SUM_TILES=64,
     )  # fmt: skip
     return [d_encoder, d_decoder, d_encoder_bias, d_decoder_bias]
 
@@ -223,9 +234,10 @@ def backward(
     rows, in_features = x.shape
     d_input = x.new_empty(rows, in_features) if input_gradient else None
     code, slope = (x.new_empty(rows if gradients else 0, rank) for _ in range(2))
+    slope_sums = _floats(x, _ceil(rows, launch.rows), rank)
     _run(
         layer.backward, (_ceil(rows, launch.rows),), launch,
-        grad, encoder, weight, wide_code.contiguous(), code, slope, _or(d_input, x),
+        grad, encoder, weight, wide_code.contiguous(), code, slope, slope_sums, _or(d_input, x),
         rows, in_features, grad.shape[1], rank, *grad.stride(), *encoder.stride(), *weight.stride(),
         ACTIVATION=activation, RESIDUAL=residual, STORE=gradients, INPUT=input_gradient, **_product(x),
         **_blocks(launch, rank),
@@ -234,7 +246,10 @@ def backward(
         return [d_input, None, None, None, None]
     none = x.new_empty(0, dtype=torch.int32)
     total = _floats(x)
-    return [d_input, *_gradients(x, grad, encoder, decoder, None, code, slope, none, none, total, False, False)]
+    return [
+        d_input,
+        *_gradients(x, grad, encoder, decoder, None, code, slope, slope_sums, none, none, total, False, False),
+    ]
 
 
 def data_gradients(

@@ -1,6 +1,6 @@
 """Pass 2 of the training step, and the end: sums over rows, in an order that is always the same.
 
-    Tᵀ·Z,  Xᵀ·dU,  ZᵀZ,  Σ (t − bd),  Σ z,  Σ dU
+    Tᵀ·Z,  Xᵀ·dU,  ZᵀZ,  Σ (t − bd),  Σ z
 
 Each program makes a block of columns of one of these from a share of the rows; the shares are added up, in order, by
 :func:`finish`. In row tiles that took the direct form, R takes the place of A, and Z counts as zero elsewhere:
@@ -22,14 +22,14 @@ FRESH_ROWS = tl.constexpr(4096)
 @triton.jit
 def collect(
     x, target, decoder, decoder_bias, code, slope, direct_tiles,
-    target_code, input_slope, code_code, target_sums, code_sums, slope_sums,
+    target_code, input_slope, code_code, target_sums, code_sums,
     rows, in_features, out_features, rank, share, tile_rows,
     x_row, x_column, target_row, target_column, decoder_row, decoder_column,
-    JOINT: tl.constexpr, GRAM: tl.constexpr, HAS_DECODER_BIAS: tl.constexpr, DIRECT: tl.constexpr,
+    JOINT: tl.constexpr, HAS_DECODER_BIAS: tl.constexpr, DIRECT: tl.constexpr,
     TF32: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, CODE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Program (c, s): columns c, rows s·share … JOINT: one reading of X serves Z and dU. GRAM: with ZᵀZ and Σz."""
+    """Program (c, s): columns c, rows s·share … JOINT: one reading of X serves Z and dU."""
     column_tile = tl.program_id(0)
     split = tl.program_id(1)
     target_tiles = tl.cdiv(out_features, COLUMNS)
@@ -82,27 +82,19 @@ def collect(
         for chunk in range(begin, end, FRESH_ROWS):
             products = tl.zeros([CODE_COLUMNS, RANK], dtype=tl.float32)
             sums = tl.zeros([CODE_COLUMNS], dtype=tl.float32)
-            slopes = tl.zeros([RANK], dtype=tl.float32)
             for first in range(chunk, min(chunk + FRESH_ROWS, end), ROWS):
                 n = first + tl.arange(0, ROWS)
-                du = matrix(slope, n, k, rank, 1, end, rank, False)
-                slopes += tl.sum(du.to(tl.float32), axis=0)
-                if GRAM:
-                    # Rows in the direct form, of which RᵀZ is all there is, lie past the end here.
-                    last = end
-                    if DIRECT:
-                        if tl.load(direct_tiles + first // tile_rows) != 0:
-                            last = begin
-                    left = matrix(code, n, j, rank, 1, last, rank, False)
-                    z = matrix(code, n, k, rank, 1, last, rank, False)
-                    products = dot(tl.trans(left), z, products, PRECISION)
-                    sums += tl.sum(left.to(tl.float32), axis=0)
-            more = chunk > begin
-            if block == 0:
-                add_vector(slope_sums, slopes, split, k, rank, more)
-            if GRAM:
-                add(code_code, products, split, j, k, rank, rank, more)
-                add_vector(code_sums, sums, split, j, rank, more)
+                # Rows in the direct form, of which RᵀZ is all there is, lie past the end here.
+                last = end
+                if DIRECT:
+                    if tl.load(direct_tiles + first // tile_rows) != 0:
+                        last = begin
+                left = matrix(code, n, j, rank, 1, last, rank, False)
+                z = matrix(code, n, k, rank, 1, last, rank, False)
+                products = dot(tl.trans(left), z, products, PRECISION)
+                sums += tl.sum(left.to(tl.float32), axis=0)
+            add(code_code, products, split, j, k, rank, rank, chunk > begin)
+            add_vector(code_sums, sums, split, j, rank, chunk > begin)
 
 
 @triton.jit
@@ -130,6 +122,7 @@ def finish(
     in_features, out_features, rank, splits, tiles, decoder_row, decoder_column,
     TIED: tl.constexpr, GRAM: tl.constexpr, HAS_DECODER_BIAS: tl.constexpr, TF32: tl.constexpr, EXACT: tl.constexpr,
     COLUMNS: tl.constexpr, RANK: tl.constexpr, CODE_COLUMNS: tl.constexpr, TILES: tl.constexpr,
+    SUM_TILES: tl.constexpr,
 ):  # fmt: skip
     """Adds the shares up and makes the four gradients, a block of columns a program; GRAM: and the loss."""
     block = tl.program_id(0)
@@ -170,8 +163,9 @@ def finish(
     put(d_encoder, from_slope, d, k, 1, in_features, in_features, rank)
     if block == 0:
         slopes = tl.zeros([RANK], dtype=tl.float32)
-        for split in range(splits):
-            slopes += vector(slope_sums + split * rank, k, rank, True)
+        for first in range(0, tiles, SUM_TILES):
+            part = matrix(slope_sums, first + tl.arange(0, SUM_TILES), k, rank, 1, tiles, rank, False)
+            slopes += tl.sum(part, axis=0)
         tl.store(d_encoder_bias + k, slopes, mask=k < rank)
         if GRAM:
             tl.store(total, sum_of(losses, tiles, TILES))

@@ -45,7 +45,7 @@ def prepare(
 @triton.jit
 def encode(
     x, target, encoder, decoder, encoder_bias, decoder_bias, gram, offset,
-    code, slope, wide_code, wide_slope, losses, direct_tiles,
+    code, slope, wide_code, wide_slope, slope_sums, losses, direct_tiles,
     rows, in_features, out_features, rank,
     x_row, x_column, target_row, target_column, encoder_row, encoder_column, decoder_row, decoder_column,
     ACTIVATION: tl.constexpr, JOINT: tl.constexpr, TIED: tl.constexpr,
@@ -118,6 +118,8 @@ def encode(
     tl.store(losses + tile, loss)
     if STORE or STORE_WIDE:
         du = tl.where((n < rows)[:, None], e * slope_of(u, ACTIVATION), 0.0)
+        # Not of what is rounded below: these are sums that it would bias.
+        tl.store(slope_sums + tile * rank + k, tl.sum(du, axis=0), mask=k < rank)
         if STORE:
             put(code, narrow(z, code.dtype.element_ty, TF32), n, k, rank, 1, rows, rank)
             put(slope, narrow(du, slope.dtype.element_ty, TF32), n, k, rank, 1, rows, rank)

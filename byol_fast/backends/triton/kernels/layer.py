@@ -64,7 +64,7 @@ def forward(
 
 @triton.jit
 def backward(
-    grad, encoder, decoder, wide_code, code, slope, d_input,
+    grad, encoder, decoder, wide_code, code, slope, slope_sums, d_input,
     rows, in_features, out_features, rank,
     grad_row, grad_column, encoder_row, encoder_column, decoder_row, decoder_column,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, STORE: tl.constexpr, INPUT: tl.constexpr,
@@ -79,7 +79,11 @@ def backward(
         TF32, PRECISION, ROWS, COLUMNS, RANK,
     )  # fmt: skip
     u = matrix(wide_code, n, k, rank, 1, rows, rank, False)
-    du = narrow(du * slope_of(u, ACTIVATION), slope.dtype.element_ty, TF32)
+    du *= slope_of(u, ACTIVATION)
+    if STORE:
+        # Not of what is rounded below: these are sums that it would bias.
+        tl.store(slope_sums + tl.program_id(0) * rank + k, tl.sum(du, axis=0), mask=k < rank)
+    du = narrow(du, slope.dtype.element_ty, TF32)
     if STORE:
         z = tl.where((n < rows)[:, None], activate(u, ACTIVATION), 0.0)
         put(code, narrow(z, code.dtype.element_ty, TF32), n, k, rank, 1, rows, rank)
