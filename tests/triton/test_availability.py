@@ -60,4 +60,4 @@ def test_tensors_that_are_not_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_leaves_what_the_kernels_are_not_made_for(change: dict[str, object]) -> None:
     backend = triton.Triton()
     assert backend.declines(CALL) is None
-    assert "up to 128" in str(backend.declines(Call(**(vars(CALL) | change))))  # type: ignore[arg-type]
+    assert "up to 128" in str(backend.declines(CALL._replace(**change)))  # type: ignore[arg-type]
