@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: test demo lint bench bench-quick bench-compress gpu triton-offline triton36 sanitize fuzz wheel clean
+.PHONY: test demo lint bench bench-quick bench-compress gpu triton-offline triton36 bench-yield sanitize fuzz wheel clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.torch:
@@ -58,6 +58,10 @@ triton36:
 	$(PYTHON) -m venv .venv-triton36
 	.venv-triton36/bin/python -m pip install --quiet "torch~=2.11.0" "triton~=3.6.0" "numpy<2.4" tqdm safetensors pytest hypothesis
 	.venv-triton36/bin/python -m pytest -q tests/triton
+
+# Principal components against scikit-learn and PyTorch; fetches Fashion-MNIST, and needs 16 GB of disk for a while.
+bench-yield: $(INSTALLED)
+	$(BIN)/python -m bench.yields
 
 # The native core under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer.
 sanitize: $(INSTALLED)

@@ -21,7 +21,7 @@ __all__ = ["Moments", "Scatter", "Sketch", "Spectrum"]
 
 _Self = TypeVar("_Self", bound="Moments")
 # Columns of the panels that make up the triangle of a product: narrower saves work, wider saves overhead.
-_PANEL = 128
+_PANEL = 112
 
 
 class Spectrum(NamedTuple):
@@ -66,13 +66,13 @@ class Moments(ABC):
     def _eigen(self) -> Spectrum:
         """The spectrum, not yet cleared of what rounding adds."""
 
-    def add_(self, rows: Tensor) -> None:
-        """Add a block of dense rows, which is overwritten."""
+    def add_(self, rows: Tensor, workspace: Tensor) -> None:
+        """Add a block of dense rows; ``workspace`` has their shape and dtype and is overwritten. It may be ``rows``."""
         shift = rows.mean(dim=0)
-        rows.sub_(shift)
+        centered = torch.sub(rows, shift, out=workspace)
         # Rounding leaves a little mean, which is taken out again.
-        rest = rows.mean(dim=0).double()
-        self._add_product(rows)
+        rest = centered.mean(dim=0).double()
+        self._add_product(centered)
         self._add_outer(rest, -len(rows))
         self._count(len(rows), shift.double() + rest)
         self.resolution = max(self.resolution, torch.finfo(rows.dtype).eps)
@@ -165,13 +165,17 @@ class Scatter(Moments):
         return self.image.triu() + self.image.triu(1).T
 
     def _add_product(self, rows: Tensor) -> None:
-        # Panels of the upper triangle take little more than half the work of the full product.
+        # Panels of the upper triangle, the second half of each below its first, take little more than half the work of
+        # the full product.
         features = rows.shape[1]
         if self._product.dtype != rows.dtype or self._product.numel() == 0:
             self._product = torch.zeros(features, features, dtype=rows.dtype, device=rows.device)
         for start in range(0, features, _PANEL):
-            stop = start + _PANEL
-            torch.mm(rows[:, :stop].T, rows[:, start:stop], out=self._product[:stop, start:stop])
+            middle, stop = start + _PANEL // 2, start + _PANEL
+            torch.mm(rows[:, :middle].T, rows[:, start:stop], out=self._product[:middle, start:stop])
+            if middle < features:
+                lower = rows[:, middle:stop]
+                torch.mm(lower.T, lower, out=self._product[middle:stop, middle:stop])
         self.image += self._product
 
     def _add_sparse_product(self, rows: Tensor) -> None:

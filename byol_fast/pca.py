@@ -144,13 +144,23 @@ class StreamingPCA:
         while len(block):
             if self._pending.numel() == 0:
                 self._pending = self._pending.new_empty(self._block_rows, self.n_features)
+            whole = block[: self._block_rows]
+            if self._pending_rows == 0 and whole.shape == self._pending.shape and self._is_ready(whole):
+                self._moments.add_(whole, self._pending)
+                block = block[self._block_rows :]
+                continue
             part = block[: self._block_rows - self._pending_rows]
             self._pending[self._pending_rows : self._pending_rows + len(part)] = part
             self._pending_rows += len(part)
             block = block[len(part) :]
             if self._pending_rows == self._block_rows:
-                self._moments.add_(self._pending)
+                self._moments.add_(self._pending, self._pending)
                 self._pending_rows = 0
+
+    def _is_ready(self, block: Tensor) -> bool:
+        """Whether nothing is to be converted, moved or laid out anew, so that the block need not be copied."""
+        same = block.dtype == self._pending.dtype and block.device == self._pending.device
+        return same and block.is_contiguous()
 
     def _start_anew(self, moments: Moments, dtype: torch.dtype) -> None:
         """Go on from these moments, with nothing pending."""
@@ -164,7 +174,8 @@ class StreamingPCA:
         if self._pending_rows == 0:
             return self._moments
         moments = self._moments.copy()
-        moments.add_(self._pending[: self._pending_rows].clone())
+        rows = self._pending[: self._pending_rows]
+        moments.add_(rows, torch.empty_like(rows))
         return moments
 
     @torch.no_grad()
