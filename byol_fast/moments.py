@@ -21,7 +21,7 @@ __all__ = ["Moments", "Scatter", "Sketch", "Spectrum"]
 
 _Self = TypeVar("_Self", bound="Moments")
 # Columns of the panels that make up the triangle of a product: narrower saves work, wider saves overhead.
-_PANEL = 112
+_PANEL = 128
 
 
 class Spectrum(NamedTuple):
@@ -165,17 +165,13 @@ class Scatter(Moments):
         return self.image.triu() + self.image.triu(1).T
 
     def _add_product(self, rows: Tensor) -> None:
-        # Panels of the upper triangle, the second half of each below its first, take little more than half the work of
-        # the full product.
+        # Panels of the upper triangle take little more than half the work of the full product.
         features = rows.shape[1]
         if self._product.dtype != rows.dtype or self._product.numel() == 0:
             self._product = torch.zeros(features, features, dtype=rows.dtype, device=rows.device)
         for start in range(0, features, _PANEL):
-            middle, stop = start + _PANEL // 2, start + _PANEL
-            torch.mm(rows[:, :middle].T, rows[:, start:stop], out=self._product[:middle, start:stop])
-            if middle < features:
-                lower = rows[:, middle:stop]
-                torch.mm(lower.T, lower, out=self._product[middle:stop, middle:stop])
+            stop = start + _PANEL
+            torch.mm(rows[:, :stop].T, rows[:, start:stop], out=self._product[:stop, start:stop])
         self.image += self._product
 
     def _add_sparse_product(self, rows: Tensor) -> None:
