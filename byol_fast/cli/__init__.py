@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 from .._version import __version__
 from ..backends import BackendError
-from . import curve, decode, demo, encode, info, pretrain
+from . import compress, curve, decode, demo, encode, info, pretrain
 
 __all__ = ["main"]
 
-_COMMANDS = (info, demo, pretrain, curve, encode, decode)
+_COMMANDS = (info, demo, pretrain, curve, encode, decode, compress)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

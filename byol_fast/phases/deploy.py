@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from ..backends import use_backend
 from ..files import replacing
-from ..nn import Bottleneck
+from ..nn import Bottleneck, BottleneckConv2d, BottleneckEmbedding, SplitAttention
+from ..nn.replace import set_module
 from . import plain
 
 __all__ = ["deploy", "load"]
 
-_FORMATS = ("safetensors", "onnx", "torch_export")
+_FORMATS = ("safetensors", "state", "onnx", "torch_export")
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
@@ -57,6 +58,10 @@ def deploy(
               model = build(json.loads(file.metadata()["byol_fast"])["module"])
               model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
 
+    * ``"state"``: any model, whose architecture is code: tensors, and a JSON text of what goes in the place of which
+      layer. It loads into the model as it was before compression, :func:`load` ``(path, model)``, or with the same copy
+      of ``plain.py``.
+
     * ``"torch_export"``: any model that :func:`torch.export.export` takes; loads with ``torch.export.load(path)``.
     * ``"onnx"``: any model that :func:`torch.onnx.export` takes; runs in onnxruntime.
 
@@ -78,8 +83,8 @@ def deploy(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if format not in _FORMATS:
         raise ValueError(f"format: expected one of {', '.join(_FORMATS)}, got {format!r}")
-    if format == "safetensors":
-        _write_safetensors(model, path)
+    if format in ("safetensors", "state"):
+        _write_safetensors(model, path, format)
         return
     inputs = (example,) if isinstance(example, Tensor) else example
     if not isinstance(inputs, tuple) or not all(isinstance(tensor, Tensor) and tensor.dim() for tensor in inputs):
@@ -105,8 +110,13 @@ def deploy(
                 exported.save(temporary)
 
 
-def load(path: str | os.PathLike[str]) -> nn.Module:
-    """A deployed model, in evaluation mode: of format ``"safetensors"`` or ``"torch_export"``.
+def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """A deployed model, in evaluation mode: of format ``"safetensors"``, ``"state"`` or ``"torch_export"``.
+
+    Args:
+        path: file to read.
+        model: for format ``"state"``: the model as it was before compression, with any weights, for instance
+            ``AutoModel.from_config(config)``. Its layers are replaced, and its tensors are those of the file.
 
     Only load ``torch_export`` files that you trust, as with :func:`torch.export.load`.
 
@@ -118,7 +128,7 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     with open(path, "rb") as file:
         start = file.read(4)
     if start != b"PK\x03\x04":
-        return plain.load(path)
+        return plain.load(path, model)
     try:
         with zipfile.ZipFile(path) as archive:
             altered = archive.testzip()
@@ -134,11 +144,15 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
 # ------------------------------------------------------------------------------------------------------ safetensors
 
 
-def _write_safetensors(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def _write_safetensors(model: nn.Module, path: str | os.PathLike[str], format: str) -> None:
     from safetensors.torch import save
 
-    model = _lowered(copy.deepcopy(model), "model")
-    module = _described(model, "model")
+    model = copy.deepcopy(model)
+    if format == "state":
+        module = _replacements(model)
+    else:
+        model = _lowered(model, "model")
+        module = _described(model, "model")
     # Copies, because the format has no two names for one tensor.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     entries = {name: _entry(tensor) for name, tensor in tensors.items()}
@@ -161,8 +175,28 @@ def _entry(tensor: Tensor) -> dict[str, Any]:
     }
 
 
+def _replacements(model: nn.Module) -> dict[str, Any]:
+    """Lower the bottlenecks of a model, in place; returns which layers have to be replaced by what."""
+    replaced = {}
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, SplitAttention):
+            raise ValueError(
+                f"{name}: expected attention as torch.nn has it, got its projections replaced; "
+                'deploy it with format="torch_export"'
+            )
+        if isinstance(layer, (Bottleneck, BottleneckConv2d, BottleneckEmbedding)):
+            if not name:
+                raise ValueError('model: expected bottlenecks inside of it, got one; use format="safetensors"')
+            lowered = _lowered(layer, name)
+            replaced[name] = _described(lowered, name)
+            set_module(model, layer, lowered)
+    return {"class": plain.GIVEN, "replaced": replaced}
+
+
 def _lowered(module: nn.Module, name: str) -> nn.Module:
     """The same with layers of torch.nn only, and the same names of tensors."""
+    if isinstance(module, (BottleneckConv2d, BottleneckEmbedding)):
+        return nn.Sequential(OrderedDict(encoder=module.encoder, decoder=module.decoder))
     if isinstance(module, Bottleneck):
         return _lowered_bottleneck(module, name)
     for child_name, child in module.named_children():

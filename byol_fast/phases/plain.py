@@ -8,7 +8,8 @@ text with
 
 * ``version``: of this format, 1;
 * ``module``: the model as a tree; a leaf is ``{"class": name in torch.nn, "arguments": {...}}``, a branch is
-  ``{"class": "Sequential", "children": {name: ..., ...}}``;
+  ``{"class": "Sequential", "children": {name: ..., ...}}``; of a model whose architecture is code, it is
+  ``{"class": "Given", "replaced": {name of a module: tree to put in its place, ...}}``;
 * ``tensors``: for each tensor its ``dtype``, ``shape`` and ``sha256`` (of its bytes);
 * ``sha256``: of the JSON text of ``[module, tensors]`` with sorted keys.
 """
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 VERSION = 1
+GIVEN = "Given"
 LAYERS = (
     *("Linear", "Bilinear", "Embedding", "Flatten", "Unflatten", "Identity"),
     *("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"),
@@ -47,16 +49,24 @@ DTYPES = {
 }
 
 
-def load(path: str | os.PathLike[str]) -> nn.Module:
+def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
     """The deployed model, in evaluation mode, on the CPU.
+
+    Args:
+        path: file to read.
+        model: where the file says ``Given``: the model whose layers are replaced and whose tensors are set.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not a deployed model, cut short, altered, or of another version; the message is one line.
     """
     description, tensors = _read(path)
+    module = description["module"]
+    if (model is not None) != (module["class"] == GIVEN):
+        wanted = "model=… with it, the model before compression" if model is None else "no model with it"
+        raise ValueError(f"{path}: expected {wanted}, got {type(model).__name__}")
     with torch.device("meta"):
-        model = _built(path, description["module"])
+        model = _built(path, module) if model is None else _replaced(path, model, module["replaced"])
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
@@ -107,6 +117,21 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
 def digest(module: Any, tensors: Any) -> str:
     """What ``sha256`` in the description has to be."""
     return hashlib.sha256(json.dumps([module, tensors], sort_keys=True).encode()).hexdigest()
+
+
+def _replaced(path: str | os.PathLike[str], model: nn.Module, nodes: dict[str, Any]) -> nn.Module:
+    """The given model with other layers in the places of these names, and wherever else it holds the same ones."""
+    for name, node in nodes.items():
+        try:
+            old = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"{path}: expected a model with a module {name}, got {type(model).__name__}") from None
+        new = _built(path, node)
+        for parent in list(model.modules()):
+            for child_name, child in list(parent._modules.items()):
+                if child is old:
+                    setattr(parent, child_name, new)
+    return model
 
 
 def _built(path: str | os.PathLike[str], node: dict[str, Any]) -> nn.Module:
