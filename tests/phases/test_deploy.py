@@ -194,7 +194,12 @@ def hooked():
         (bf.Bottleneck(4, 2, residual=True), {}, ValueError, "model: .* residual Bottleneck.*torch_export"),
         (nn.Sequential(hooked()), {}, ValueError, "model.0: expected a layer without forward hooks"),
         ("model", {}, TypeError, "model: expected a torch.nn.Module, got str"),
-        (nn.Linear(4, 4), {"format": "pickle"}, ValueError, "format: expected one of safetensors, onnx, torch_export"),
+        (
+            nn.Linear(4, 4),
+            {"format": "pickle"},
+            ValueError,
+            "format: expected one of safetensors, state, onnx, torch_export",
+        ),
         (nn.Linear(4, 4), {"format": "torch_export"}, TypeError, "example: expected an input of the model"),
         (
             nn.Linear(4, 4),
