@@ -1,18 +1,25 @@
-"""Builds the native core, byol_fast._native; everything else about the package is in pyproject.toml.
+"""Builds the native core, byol_fast._native, and where nvcc is found the CUDA kernels, byol_fast._cuda (setup_cuda.py);
+everything else about the package is in pyproject.toml.
 
 The same kernels are compiled once per instruction set and chosen at run time, so a wheel built on one machine runs on
 an older one. A build that fails never fails the install: the package then runs on plain PyTorch, and the reason is kept
-in byol_fast/_build.json for `byol-fast info`. BYOL_FAST_BUILD_NATIVE=0 leaves the native core out.
+in byol_fast/_build.json for `byol-fast info`. BYOL_FAST_BUILD_NATIVE=0 leaves the native core out,
+BYOL_FAST_BUILD_CUDA=0 the CUDA kernels.
 """
 
 import json
 import os
 import platform
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+# A build in isolation does not look for modules beside this file.
+sys.path.insert(0, str(Path(__file__).parent))
+import setup_cuda
 
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
@@ -32,34 +39,57 @@ def instruction_sets():
     return X86 if platform.machine().lower() in ("x86_64", "amd64") else OTHERS
 
 
-class BuildNative(build_ext):
-    """Compiles csrc/cpu/kernels.cpp once per instruction set and links everything into one module."""
+def _name(extension):
+    return extension.name.rpartition("_")[2]
+
+
+class BuildExtensions(build_ext):
+    """Builds each extension module by itself; what cannot be built is left out, and the reason is kept."""
 
     def run(self):
-        reason = self._build()
-        if reason:
-            self.announce(f"byol_fast is installed without its native core: {reason}", level=3)
-            self.extensions = []
-        record = Path(self.build_lib, "byol_fast", "_build.json")
-        if self.inplace:
-            record = Path("byol_fast", "_build.json")
-        record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps({"native": not reason, "reason": reason}) + "\n")
-
-    def _build(self):
-        """None, or why the native core could not be built."""
-        if os.environ.get("BYOL_FAST_BUILD_NATIVE") == "0":
-            return "it was built with BYOL_FAST_BUILD_NATIVE=0"
+        self.reasons = {"native": self._left_out(), "cuda": setup_cuda.reason_against()}
+        self.extensions = [extension for extension in self.extensions if not self.reasons[_name(extension)]]
+        inplace = self.inplace
         try:
             super().run()
         except Exception as error:
-            return f"it could not be compiled when byol_fast was installed: {type(error).__name__}: {error}"
-        return None
+            for extension in self.extensions:
+                self._fail(extension, error)
+        record = Path(self.build_lib, "byol_fast", "_build.json")
+        if inplace:
+            record = Path("byol_fast", "_build.json")
+        record.parent.mkdir(parents=True, exist_ok=True)
+        reasons = {"reason": self.reasons["native"], "cuda_reason": self.reasons["cuda"]}
+        record.write_text(json.dumps(reasons) + "\n")
+
+    def _left_out(self):
+        return "it was built with BYOL_FAST_BUILD_NATIVE=0" if os.environ.get("BYOL_FAST_BUILD_NATIVE") == "0" else None
+
+    def _fail(self, extension, error):
+        reason = f"it could not be compiled when byol_fast was installed: {type(error).__name__}: {error}"
+        self.announce(f"byol_fast is installed without {extension.name}: {reason}", level=3)
+        self.reasons[_name(extension)] = reason
 
     def build_extension(self, extension):
+        try:
+            self._build(extension)
+        except Exception as error:
+            self._fail(extension, error)
+
+    def _build(self, extension):
         import pybind11
 
-        extension.include_dirs += [pybind11.get_include(), "csrc"]
+        extension.include_dirs.append(pybind11.get_include())
+        if extension.name == "byol_fast._cuda":
+            setup_cuda.compile_objects(extension, Path(self.build_temp, "cuda"))
+            extension.extra_compile_args = FLAGS
+        else:
+            self._compile_native(extension)
+        super().build_extension(extension)
+
+    def _compile_native(self, extension):
+        """Compiles csrc/cpu/kernels.cpp once per instruction set and makes the extension link everything."""
+        extension.include_dirs.append("csrc")
         macros = [("BYOL_X86", "1")] if instruction_sets() is X86 else []
         compiler_name = os.path.basename((getattr(self.compiler, "compiler_cxx", None) or ["unknown"])[0])
         macros.append(("BYOL_COMPILER", json.dumps(compiler_name)))
@@ -71,7 +101,6 @@ class BuildNative(build_ext):
             objects = [pool.submit(self._compile, extension, *job) for job in jobs]
         extension.extra_objects = [name for job in objects for name in job.result()]
         extension.sources = []
-        super().build_extension(extension)
 
     def _compile(self, extension, source, macros, flags, output_dir):
         return self.compiler.compile(
@@ -90,10 +119,13 @@ if __name__ == "__main__":
             Extension(
                 "byol_fast._native",
                 sources=["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/parallel.cpp"],
-                depends=[str(path) for path in Path("csrc").rglob("*.h")],
+                depends=[str(path) for path in Path("csrc", "cpu").glob("*.h")],
                 libraries=["dl", "pthread"] if os.name == "posix" else [],
                 language="c++",
-            )
+                # What could not be built is missing afterwards, and that is no error.
+                optional=True,
+            ),
+            setup_cuda.extension(),
         ],
-        cmdclass={"build_ext": BuildNative},
+        cmdclass={"build_ext": BuildExtensions},
     )

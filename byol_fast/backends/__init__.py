@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import verified
 from .base import Backend, Call, Kernels, accumulation_dtype
+from .cuda import Cuda
 from .gram import Gram
 from .native import Native
 from .triton import Triton
@@ -62,26 +63,6 @@ class _Reference:
         return "direct, the input made dense" if sparse else "direct"
 
 
-class _Absent:
-    """A backend this version does not contain."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        self.name = name
-        self.reason = reason
-
-    def unavailable(self) -> str | None:
-        return self.reason
-
-    def refuses(self, tensors: Sequence[Tensor]) -> str | None:
-        return self.reason
-
-    def declines(self, call: Call) -> str | None:
-        return self.reason
-
-    def form(self, dtype: torch.dtype, tied: bool, sparse: bool) -> str:
-        return "none"
-
-
 _REGISTRY: dict[str, Backend] = {
     backend.name: backend
     for backend in (
@@ -89,7 +70,7 @@ _REGISTRY: dict[str, Backend] = {
         Native(),
         Gram(),
         Triton(),
-        _Absent("cuda", "this version of byol_fast contains no CUDA kernels"),
+        Cuda(),
     )
 }
 # What `auto` tries on tensors of each kind of device, fastest first; the reference is what remains.

@@ -1,0 +1,66 @@
+// The single-pass kernel, compiled for sm_90a alone, and its launch.
+#include "cluster.h"
+
+namespace byol::cuda {
+
+#if defined(BYOL_EMULATE)
+
+template <class T>
+void launch_cluster(const ClusterArgs& args, const Source& input, cudaStream_t stream) {
+  const TensorMap map{static_cast<const uint16_t*>(input.data), input.columns, input.rows, input.stride};
+  launch(cluster_kernel<T>, args.clusters * args.cluster, 1, kThreads, ClusterTile::kShared, stream,
+         ClusterKernelArgs{args, map}, args.cluster);
+}
+
+#else
+
+// The driver's function by name: nothing is linked against the driver, which build machines lack.
+static PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
+  if (found != cudaDriverEntryPointSuccess || !function) throw std::runtime_error("CUDA: the driver has no cuTensorMapEncodeTiled");
+  return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+}
+
+template <class T>
+static CUtensorMap tensor_map(const Source& input) {
+  CUtensorMap map;
+  const cuuint64_t sizes[2] = {cuuint64_t(input.columns), cuuint64_t(input.rows)};
+  const cuuint64_t strides[1] = {cuuint64_t(input.stride) * sizeof(T)};
+  const cuuint32_t box[2] = {ClusterTile::kBox, ClusterTile::kRows}, steps[2] = {1, 1};
+  const auto type = T::kIsBf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  static const auto encode = tensor_map_encoder();
+  const CUresult result =
+      encode(&map, type, 2, const_cast<void*>(input.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) throw std::runtime_error("CUDA: cuTensorMapEncodeTiled failed: " + std::to_string(int(result)));
+  return map;
+}
+
+template <class T>
+void launch_cluster(const ClusterArgs& args, const Source& input, cudaStream_t stream) {
+  const ClusterKernelArgs kernel_args{args, tensor_map<T>(input)};
+  const void* kernel = reinterpret_cast<const void*>(cluster_kernel<T>);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ClusterTile::kShared));
+  // Above eight blocks a cluster is not portable, and has to be asked for.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {unsigned(args.cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(args.clusters * args.cluster));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = ClusterTile::kShared;
+  config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, cluster_kernel<T>, kernel_args));
+}
+
+#endif
+
+
+template void launch_cluster<Bf16>(const ClusterArgs&, const Source&, cudaStream_t);
+template void launch_cluster<Fp16>(const ClusterArgs&, const Source&, cudaStream_t);
+
+}  // namespace byol::cuda

@@ -1,0 +1,98 @@
+"""The single-pass step: its planning, its layouts, and the kernel itself, emulated: all blocks of a cluster at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from contract import assert_all, make_operands, results
+
+import byol_fast as bf
+from byol_fast import reference
+from byol_fast.backends.cuda import Cuda
+
+
+@pytest.mark.parametrize(
+    ("features", "rank", "cluster"),
+    [(1, 1, 1), (512, 32, 1), (513, 32, 2), (1024, 16, 2), (2048, 32, 4), (4096, 32, 8), (8192, 32, 16)],
+)
+def test_the_smallest_cluster_that_holds_all_columns(emulated: Cuda, features: int, rank: int, cluster: int) -> None:
+    planned, clusters, tiles = emulated._module.plan_cluster(65536, features, rank, 132)
+    assert planned == cluster
+    assert tiles == 1024
+    # As many clusters as run at a time, and none that a tile is missing for.
+    assert clusters == min(132 // cluster, tiles)
+    assert emulated._module.plan_cluster(100, features, rank, 132)[1] == min(132 // cluster, 2)
+
+
+@pytest.mark.parametrize(("features", "rank", "processors"), [(8193, 32, 132), (1024, 33, 132), (8192, 32, 15)])
+def test_what_does_not_fit_takes_two_passes(emulated: Cuda, features: int, rank: int, processors: int) -> None:
+    assert emulated._module.plan_cluster(65536, features, rank, processors)[0] == 0
+
+
+def test_the_swizzle_is_a_permutation_without_bank_conflicts(emulated: Cuda) -> None:
+    swizzled = emulated._module.swizzled
+    places = {swizzled(row, column) for row in range(64) for column in range(128)}
+    assert places == set(range(0, 2 * 64 * 128, 2))
+    # Eight rows of one column of pieces lie in eight different groups of four banks.
+    for column in range(0, 64, 8):
+        assert len({swizzled(row, column) % 128 // 16 for row in range(8)}) == 8
+
+
+def test_the_descriptor_has_its_fields_where_the_manual_says(emulated: Cuda) -> None:
+    descriptor = emulated._module.wgmma_descriptor(0x12340)
+    assert descriptor & 0x3FFF == 0x12340 >> 4
+    assert descriptor >> 32 & 0x3FFF == 1024 >> 4
+    assert descriptor >> 62 == 1
+
+
+@pytest.fixture
+def single_pass(cuda: str, emulated: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emulated, "single_pass", True)
+
+
+# Columns of one block, of two, of a third that has few and a fourth that has none; rows that end within a tile.
+@pytest.mark.parametrize(
+    ("shape", "dtype", "tied"),
+    [
+        ((70, 64, 5), torch.float16, False),
+        ((130, 520, 32), torch.bfloat16, False),
+        ((66, 72, 29), torch.bfloat16, True),
+        ((64, 1032, 17), torch.bfloat16, False),
+    ],
+    ids=str,
+)
+def test_single_pass(single_pass: None, dtype: torch.dtype, shape: tuple[int, int, int], tied: bool) -> None:
+    operands = make_operands(*shape, dtype=dtype, tied=tied, ratio=1e-2)
+    assert_all(bf.bottleneck_mse_loss, reference.bottleneck_mse_loss, operands, activation="tanh", reduction="sum")
+
+
+def test_single_pass_and_two_passes_agree(single_pass: None, emulated: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    operands = make_operands(rows=300, in_features=72, rank=20, dtype=torch.bfloat16, ratio=1e-1)
+    once = results(bf.bottleneck_mse_loss, operands)
+    monkeypatch.setattr(emulated, "single_pass", False)
+    twice = results(bf.bottleneck_mse_loss, operands)
+    for name in once:
+        assert (once[name] - twice[name]).norm() <= 4e-3 * twice[name].norm(), name
+
+
+def test_single_pass_does_not_depend_on_the_order_of_threads(
+    single_pass: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operands = make_operands(rows=130, in_features=520, rank=20, dtype=torch.bfloat16)
+    forward = results(bf.bottleneck_mse_loss, operands)
+    monkeypatch.setenv("EMULATOR_ORDER", "backward")
+    backward = results(bf.bottleneck_mse_loss, operands)
+    assert all(torch.equal(forward[name], backward[name]) for name in forward)
+
+
+def test_nan_in_nan_out(single_pass: None) -> None:
+    operands = make_operands(rows=70, in_features=64, rank=5, dtype=torch.bfloat16)
+    spoiled = operands.input.clone()
+    spoiled[69, 63] = float("nan")
+    assert replace(operands, input=spoiled).call(with_gradients).isnan()
+
+
+def with_gradients(*args: torch.Tensor) -> torch.Tensor:
+    return bf.bottleneck_mse_loss(args[0], *(arg.clone().requires_grad_() for arg in args[1:])).detach()
