@@ -33,8 +33,8 @@ from .native import (
 
 # The widest tile of codes there is (kMaxRank in csrc/cuda/abi.h).
 _MAX_RANK = 128
-# The second pass takes Z and dU rounded to bfloat16, as eager does. Over fewer rows than this that does not average out,
-# and bfloat16 is computed as float32.
+# The second pass takes Z and dU rounded to bfloat16, as eager does. Over fewer rows than this, that does not average
+# out, and bfloat16 is computed as float32.
 _FEW_ROWS = 32
 
 
