@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: test demo lint bench bench-quick bench-compress gpu triton-offline triton36 bench-yield sanitize fuzz wheel clean
+.PHONY: test demo examples lint bench bench-quick bench-compress gpu triton-offline triton36 bench-yield sanitize fuzz wheel clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.torch:
@@ -27,6 +27,14 @@ test: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/byol-fast demo
+
+# Fetches 150 MB into the cache folder, $BYOL_FAST_DATA or ~/.cache/byol_fast, the first time.
+examples: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable ".[examples]"
+	$(BIN)/python -m examples.image
+	$(BIN)/python -m examples.text
+	$(BIN)/python -m examples.recommend
+	$(BIN)/python -m examples.report
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

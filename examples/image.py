@@ -1,0 +1,225 @@
+"""Images: a bottleneck autoencoder on Fashion-MNIST, frozen, with a classifier on its codes, deployed.
+
+Beside it: the same classifier on the pixels and on scikit-learn's principal components, the same autoencoder trained in
+eager PyTorch, and fine-tuning that encodes every batch anew.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import byol_fast as bf
+
+from . import data
+from .report import Row, arguments, cost_of, finish
+
+HIDDEN = 256
+
+
+def flat(images: data.Images) -> tuple[Tensor, Tensor]:
+    return images.images.flatten(1).float() / 255, images.labels
+
+
+def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """scikit-learn's digits, 1,437 for training and 360 for testing."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    pixels, classes = torch.from_numpy(images).float()[order] / 16, torch.from_numpy(labels)[order]
+    return (pixels[:1437], classes[:1437]), (pixels[1437:], classes[1437:])
+
+
+def classifier(inputs: int) -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [nn.Linear(inputs, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 10)]
+
+
+def accuracy(model: nn.Module, test: tuple[Tensor, Tensor]) -> float:
+    with torch.no_grad():
+        return float((model(test[0]).argmax(dim=1) == test[1]).double().mean())
+
+
+# A fresh process knows the file and nothing else.
+FRESH = """
+import sys, numpy, torch, byol_fast as bf
+model, images = bf.load(sys.argv[1]), torch.from_numpy(numpy.load(sys.argv[2]))
+with torch.no_grad():
+    numpy.save(sys.argv[3], model(images).argmax(dim=1).numpy())
+"""
+
+
+def accuracy_deployed(model: nn.Module, test: tuple[Tensor, Tensor]) -> tuple[float, int]:
+    """Of the model written to a file and loaded by a process of its own; and the size of the file."""
+    with tempfile.TemporaryDirectory() as folder:
+        file, given, answered = Path(folder, "model.safetensors"), Path(folder, "in.npy"), Path(folder, "out.npy")
+        bf.deploy(model, file)
+        np.save(given, test[0].numpy())
+        subprocess.run([sys.executable, "-c", FRESH, str(file), str(given), str(answered)], check=True)
+        return float((np.load(answered) == test[1].numpy()).mean()), file.stat().st_size
+
+
+def autoencoders(train: Tensor, rank: int, epochs: int) -> dict[str, tuple[bf.PretrainResult, float]]:
+    """Linear ones, in closed form and by gradients, and a non-linear one."""
+    adam = functools.partial(torch.optim.Adam, lr=2e-3)
+    schedule = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs)
+    descent = {"method": "joint", "epochs": epochs, "optimizer": adam, "scheduler": schedule, "progress": False}
+    results = {}
+    for name, activation, options in (
+        ("linear, exact", "identity", {"method": "exact", "progress": False}),
+        ("linear, joint", "identity", descent),
+        ("gelu, joint", "gelu", descent),
+    ):
+        torch.manual_seed(0)
+        layer = bf.Bottleneck(train.shape[1], rank, activation=activation)
+        result, cost = cost_of(functools.partial(bf.pretrain, layer, train, **options))
+        results[name] = result, cost.seconds
+    return results
+
+
+def eager_and_fused(train: Tensor, rank: int, batch: int, epochs: int) -> tuple[list[Row], dict[str, list[float]]]:
+    """The same layer, batches and optimiser; only the loss is computed differently."""
+    torch.manual_seed(0)
+    start = bf.Bottleneck(train.shape[1], rank)
+    batches = train[: len(train) // batch * batch].split(batch)
+
+    def eager(layer: bf.Bottleneck, x: Tensor) -> Tensor:
+        return F.mse_loss(layer.decoder(layer.encoder(x)), x)
+
+    def fused(layer: bf.Bottleneck, x: Tensor) -> Tensor:
+        return layer.reconstruction_loss(x)
+
+    def run(loss_of: Callable[[bf.Bottleneck, Tensor], Tensor]) -> list[float]:
+        layer = copy.deepcopy(start)
+        optimizer = torch.optim.Adam(layer.parameters(), lr=1e-3)
+        losses = []
+        for x in list(batches) * epochs:
+            loss = loss_of(layer, x)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return [float(loss) for loss in losses]
+
+    rows, curves = [], {}
+    for name, loss_of in (("eager PyTorch", eager), ("fused", fused)):
+        run(loss_of)
+        curves[name], cost = cost_of(functools.partial(run, loss_of))
+        rows.append({"training": f"{name}, rank {rank}, batches of {batch}", "seconds": cost.seconds, "MiB": cost.mib})
+    ours, theirs = torch.tensor(curves["fused"]), torch.tensor(curves["eager PyTorch"])
+    rows[1]["speed-up"] = rows[0]["seconds"] / rows[1]["seconds"]
+    rows[1]["largest relative difference of a loss"] = float(((ours - theirs) / theirs).abs().max())
+    return rows, curves
+
+
+def classifiers(train: tuple, test: tuple, layers: dict[str, bf.Bottleneck], rank: int, epochs: int) -> list[Row]:
+    """A classifier on pixels, on principal components, and on the codes of frozen bottlenecks."""
+    from sklearn.decomposition import PCA
+
+    adam = functools.partial(torch.optim.Adam, lr=2e-3)
+    options = {"loss": F.cross_entropy, "epochs": epochs, "batch_size": 512, "optimizer": adam, "progress": False}
+    pixels = nn.Sequential(*classifier(train[0].shape[1]))
+    cost = cost_of(lambda: bf.finetune(pixels, train, **options))[1]
+
+    def row(name: str, inputs: int, seconds: float, accuracy: float) -> Row:
+        return {"classifier on": name, "inputs": inputs, "seconds": seconds, "accuracy": accuracy}
+
+    rows = [row("pixels", train[0].shape[1], cost.seconds, accuracy(pixels, test))]
+
+    pca = PCA(rank, svd_solver="covariance_eigh").fit(train[0].numpy())
+    codes, test_codes = (torch.from_numpy(pca.transform(x.numpy())).float() for x in (train[0], test[0]))
+    plain = nn.Sequential(*classifier(rank))
+    cost = cost_of(lambda: bf.finetune(plain, (codes, train[1]), **options))[1]
+    rows.append(row("scikit-learn PCA", rank, cost.seconds, accuracy(plain, (test_codes, test[1]))))
+
+    for name, layer in layers.items():
+        model = nn.Sequential(layer, *classifier(train[0].shape[1]))
+        again = copy.deepcopy(model)
+        uncached = cost_of(lambda again=again: bf.finetune(again, train, **options))[1]
+
+        def cached(model: nn.Sequential = model) -> None:
+            head, codes = bf.cache_codes(model, train[0])
+            bf.finetune(head, (codes, train[1]), freeze="none", **options)
+
+        cost = cost_of(cached)[1]
+        deployed, size = accuracy_deployed(model, test)
+        with torch.no_grad():
+            difference = float((model(test[0]) - again(test[0])).norm() / again(test[0]).norm())
+        rows.append(
+            {
+                **row(f"codes, {name}", rank, cost.seconds, accuracy(model, test)),
+                "deployed": deployed,
+                "file, KiB": size / 1024,
+                "seconds, uncached": uncached.seconds,
+                "cache's speed-up": uncached.seconds / cost.seconds,
+                "relative difference of logits": difference,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    options = arguments("image", __doc__.splitlines()[0])
+    train, test = digits() if options.embedded else map(flat, data.fashion_mnist())
+    rank, epochs = (16, 20) if options.embedded else (64, 8)
+    results = autoencoders(train[0], rank, epochs)
+    pca = bf.StreamingPCA(train[0].shape[1]).partial_fit(train[0])
+    best = pca.curve().error_at(rank)
+    losses = [
+        {
+            "autoencoder": f"{name}, rank {rank}",
+            "loss": (loss := loss_over(result.module, train[0])),
+            "loss / Eckart-Young": loss / best,
+            "loss, test": loss_over(result.module, test[0]),
+            "seconds": seconds,
+        }
+        for name, (result, seconds) in results.items()
+    ]
+    layers = {name: result.module for name, (result, _) in results.items() if name != "linear, joint"}
+    speed, curves = eager_and_fused(train[0], rank, 512 if options.embedded else 8192, 3)
+    tables = {
+        "autoencoders": losses,
+        "classifiers": classifiers(train, test, layers, rank, epochs),
+        "eager and fused": speed,
+    }
+
+    def draw(plt: object) -> None:
+        figure = plt.figure(figsize=(11, 5), layout="constrained")
+        left, right = figure.subfigures(1, 2)
+        shown, side = test[0][:8], round(test[0].shape[1] ** 0.5)
+        with torch.no_grad():
+            pictures = {"original": shown, **{name: layer(shown) for name, layer in layers.items()}}
+        axes = left.subplots(len(pictures), len(shown))
+        for line, (name, images) in zip(axes, pictures.items(), strict=True):
+            for axis, image in zip(line, images, strict=True):
+                axis.imshow(image.reshape(side, side), cmap="gray_r", vmin=0, vmax=1)
+                axis.set_axis_off()
+            line[0].set_title(name, fontsize=9, loc="left")
+        axis = right.subplots()
+        for (name, losses), style in zip(curves.items(), ("-", "--"), strict=True):
+            axis.plot(losses, style, label=name)
+        axis.axhline(best, color="0.6", label="best possible (Eckart-Young)")
+        axis.set(yscale="log", xlabel="step", ylabel="loss", title=f"the same training, rank {rank}")
+        axis.legend()
+
+    finish("image", options, tables, {}, draw)
+
+
+@torch.no_grad()
+def loss_over(layer: bf.Bottleneck, rows: Tensor) -> float:
+    return sum(float(layer.reconstruction_loss(part)) * len(part) for part in rows.split(4096)) / len(rows)
+
+
+if __name__ == "__main__":
+    main()

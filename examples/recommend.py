@@ -1,0 +1,293 @@
+"""Recommendation: a linear bottleneck on the sparse matrix of users and items, beside what else is in use.
+
+Top 10 under the protocol of the recommenders project (75 % of each user's items for training, 25 % for testing), and
+ratings on a random 80/20 split. Whatever has to be chosen is chosen on a fifth of the training data. Then the same on
+200,000 users and 50,000 items, in a process whose peak memory is read afterwards.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import byol_fast as bf
+
+from . import data
+from .report import Row, arguments, cost_of, finish
+
+K = 10
+EXACT = {"method": "exact", "progress": False}
+JOINT = {
+    "method": "joint",
+    "epochs": 100,
+    "batch_size": 256,
+    "optimizer": functools.partial(torch.optim.Adam, lr=1e-2),
+    "scheduler": functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=100),
+    "stop_at": 1.001,
+    "progress": False,
+}
+
+
+class Pairs(NamedTuple):
+    """User and item of each interaction, numbered from 0."""
+
+    users: Tensor
+    items: Tensor
+
+    def matrix(self, shape: tuple[int, int]) -> Tensor:
+        """Dense, 1 where a user has an item: for the baselines, and small enough for them."""
+        return torch.zeros(shape).index_put_((self.users, self.items), torch.ones(()))
+
+    def parts(self, share: float, seed: int) -> tuple[Pairs, Pairs]:
+        """Each user's items at random in two parts, the first with the given share."""
+        order = torch.randperm(len(self.users), generator=torch.Generator().manual_seed(seed))
+        order = order[self.users[order].argsort(stable=True)]
+        counts = self.users.bincount()
+        place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[self.users[order]]
+        first = place < (share * counts[self.users[order]]).round()
+        return tuple(Pairs(self.users[part], self.items[part]) for part in (order[first], order[~first]))
+
+
+def synthetic(users: int, items: int, per_user: int, seed: int = 0) -> data.Ratings:
+    """Ratings by people with tastes, popular items among them."""
+    rng = np.random.default_rng(seed)
+    tastes, kinds = rng.normal(size=(users, 5)), rng.normal(size=(items, 5))
+    liking = tastes @ kinds.T / 5**0.5 + rng.normal(size=items) + rng.gumbel(size=(users, items))
+    chosen = np.argsort(-liking, axis=1)[:, :per_user]
+    stars = np.clip(np.round(3.5 + np.take_along_axis(tastes @ kinds.T / 5, chosen, 1)), 1, 5).reshape(-1)
+    who = np.repeat(np.arange(users), per_user)
+    return data.Ratings(*(torch.from_numpy(x) for x in (who, chosen.reshape(-1), stars.astype(np.float32), who)))
+
+
+# ------------------------------------------------------------------------------------------------- what is compared
+
+
+def by_scores(scores: Tensor, seen: Tensor) -> Tensor:
+    return scores.masked_fill(seen > 0, -torch.inf).topk(K, dim=1).indices
+
+
+def popularity(train: Tensor) -> Tensor:
+    return by_scores(train.sum(0).expand_as(train), train)
+
+
+def item_cosine(train: Tensor) -> Tensor:
+    unit = torch.nn.functional.normalize(train, dim=0)
+    return by_scores(train @ (unit.T @ unit), train)
+
+
+def ease(train: Tensor, penalty: float) -> Tensor:
+    """Steck, "Embarrassingly shallow autoencoders for sparse data", WWW 2019: closed form, items × items."""
+    gram = train.double().T @ train.double()
+    gram.diagonal().add_(penalty)
+    inverse = torch.linalg.inv(gram)
+    weight = -inverse / inverse.diagonal()
+    weight.fill_diagonal_(0)
+    return by_scores(train @ weight.float(), train)
+
+
+def plain_svd(train: Tensor, rank: int) -> Tensor:
+    from sklearn.decomposition import TruncatedSVD
+
+    model = TruncatedSVD(rank, random_state=0).fit(train.numpy())
+    return by_scores(torch.from_numpy(model.inverse_transform(model.transform(train.numpy()))), train)
+
+
+def bpr(train: Tensor, rank: int) -> Tensor:
+    """Bayesian personalised ranking of the package ``implicit``."""
+    from implicit.cpu.bpr import BayesianPersonalizedRanking
+    from scipy.sparse import csr_matrix
+
+    model = BayesianPersonalizedRanking(rank, iterations=100, random_state=0, num_threads=torch.get_num_threads())
+    sparse = csr_matrix(train.numpy())
+    model.fit(sparse, show_progress=False)
+    return torch.from_numpy(model.recommend(np.arange(len(train)), sparse, K)[0]).long()
+
+
+def ours(train: Pairs, users: int, options: Row, training: Row) -> tuple[bf.Recommender, Tensor]:
+    model = bf.Recommender(**options)
+    model.fit(*train, **training)
+    return model, model.recommend(torch.arange(users), K).items
+
+
+# --------------------------------------------------------------------------------------------------------- measures
+
+
+def quality(top: Tensor, test: Tensor) -> Row:
+    """Means over users of nDCG, recall and reciprocal rank, an item of the test set being relevant."""
+    hits = test.gather(1, top.clamp(min=0)) * (top >= 0)
+    relevant = test.sum(1).clamp(min=1)
+    discount = 1 / torch.arange(2, K + 2).log2()
+    ideal = discount.cumsum(0)[relevant.clamp(max=K).long() - 1]
+    first = (hits / torch.arange(1, K + 1)).amax(1)
+    measures = {"nDCG@10": (hits @ discount) / ideal, "recall@10": hits.sum(1) / relevant, "MRR": first}
+    return {name: float(values.mean()) for name, values in measures.items()}
+
+
+def best_of(candidates: list[object], run: Callable[[object], Tensor], test: Tensor) -> object:
+    """The candidate of the highest nDCG on validation data."""
+    return max(candidates, key=lambda candidate: quality(run(candidate), test)["nDCG@10"])
+
+
+def top_ten(pairs: Pairs, shape: tuple[int, int], ranks: list[int], joint: Row) -> tuple[list[Row], Row]:
+    """Rows of the table, and what was chosen."""
+    train, test = pairs.parts(0.75, seed=42)
+    smaller, validation = train.parts(0.8, seed=7)
+    seen, wanted = train.matrix(shape), test.matrix(shape)
+    seen_small, wanted_small = smaller.matrix(shape), validation.matrix(shape)
+    users, items = shape
+
+    penalty = best_of([100, 200, 300, 500, 700, 1000], lambda value: ease(seen_small, value), wanted_small)
+    svd_rank = best_of(ranks, lambda rank: plain_svd(seen_small, rank), wanted_small)
+    has_bpr = importlib.util.find_spec("implicit") is not None
+    bpr_rank = best_of(ranks, lambda rank: bpr(seen_small, rank), wanted_small) if has_bpr else None
+    grid = [
+        {"rank": rank, "user_power": power, "item_power": power, "shrinkage": shrinkage}
+        for rank, power, shrinkage in itertools.product(ranks, (0.25, 0.5), (0.0, 1.0, 4.0))
+    ]
+    chosen = best_of(grid, lambda options: ours(smaller, users, options, EXACT)[1], wanted_small)
+    tied = {**chosen, "tied": True}
+    by_rows = {**chosen, "user_power": 0.5, "item_power": 0.0}
+    rank = chosen["rank"]
+
+    runs: dict[str, tuple[Callable[[], object], int]] = {
+        "popularity": (lambda: popularity(seen), items),
+        "item-item cosine": (lambda: item_cosine(seen), items * items),
+        f"truncated SVD, rank {svd_rank}": (lambda: plain_svd(seen, svd_rank), svd_rank * items),
+        f"BPR, rank {bpr_rank}": (lambda: bpr(seen, bpr_rank), bpr_rank * (users + items)),
+        f"EASE, λ {penalty}": (lambda: ease(seen, penalty), items * items),
+        f"bottleneck, rank {rank}, exact": (lambda: ours(train, users, chosen, EXACT)[1], 2 * rank * items),
+        "the same, tied": (lambda: ours(train, users, tied, EXACT)[1], 2 * rank * items),
+        "the same, joint": (lambda: ours(train, users, chosen, joint)[1], 2 * rank * items),
+        "the same, joint, tied": (lambda: ours(train, users, tied, joint)[1], 2 * rank * items),
+        "the same, exact, rows normalised": (lambda: ours(train, users, by_rows, EXACT)[1], 2 * rank * items),
+    }
+    if not has_bpr:
+        del runs[f"BPR, rank {bpr_rank}"]
+    rows = []
+    for name, (run, numbers) in runs.items():
+        top, cost = cost_of(run)
+        rows.append(
+            {"model": name, **quality(top, wanted), "numbers": numbers, "seconds": cost.seconds, "MiB": cost.mib}
+        )
+    return rows, {"chosen on validation data": {**chosen, "EASE": penalty, "SVD": svd_rank, "BPR": bpr_rank}}
+
+
+def rating_errors(ratings: data.Ratings, shape: tuple[int, int], ranks: list[int]) -> tuple[list[Row], Row]:
+    """Root mean squared error of ratings: biases of user and item, and a bottleneck on what they leave."""
+    order = torch.randperm(len(ratings.users), generator=torch.Generator().manual_seed(42))
+    train, test = (data.Ratings(*(x[part] for x in ratings)) for part in order.split(len(order) * 4 // 5 + 1))
+    # In random order already.
+    cut = len(train.users) * 4 // 5
+    smaller, held_out = data.Ratings(*(x[:cut] for x in train)), data.Ratings(*(x[cut:] for x in train))
+
+    def error(train: data.Ratings, test: data.Ratings, options: Row | None) -> float:
+        guess = biases(train, shape)
+        predicted = guess(test)
+        if options is not None:
+            model = bf.Recommender(**options)
+            model.fit(train.users, train.items, train.ratings - guess(train), **EXACT)
+            known = torch.isin(test.users, model.user_ids) & torch.isin(test.items, model.item_ids)
+            predicted[known] += model.predict(test.users[known], test.items[known])
+        return float((predicted.clamp(1, 5) - test.ratings).square().mean().sqrt())
+
+    grid = [
+        {"rank": rank, "user_power": a, "item_power": b, "shrinkage": shrinkage}
+        for rank, (a, b), shrinkage in itertools.product(ranks, ((0.0, 0.0), (0.25, 0.25)), (0.0, 1.0, 4.0))
+    ]
+    best = min(grid, key=lambda options: error(smaller, held_out, options))
+    return [
+        {"model": "mean of user and item", "RMSE": error(train, test, None)},
+        {"model": f"with a bottleneck on the rest, rank {best['rank']}", "RMSE": error(train, test, best)},
+    ], best
+
+
+def biases(train: data.Ratings, shape: tuple[int, int], damping: float = 5.0) -> Callable[[data.Ratings], Tensor]:
+    """Mean + item's deviation + user's deviation from that, damped."""
+    mean = float(train.ratings.mean())
+
+    def deviations(ids: Tensor, size: int, rest: Tensor) -> Tensor:
+        return torch.zeros(size).index_add_(0, ids, rest) / (ids.bincount(minlength=size) + damping)
+
+    of_items = deviations(train.items, shape[1], train.ratings - mean)
+    of_users = deviations(train.users, shape[0], train.ratings - mean - of_items[train.items])
+    return lambda ratings: mean + of_items[ratings.items] + of_users[ratings.users]
+
+
+# ------------------------------------------------------------------------------------------------------------ scale
+
+
+def scale(users: int, items: int, per_user: int) -> None:
+    """Train on a large synthetic matrix in this process, answer for all users of a block, and print what it took."""
+    generator = torch.Generator().manual_seed(0)
+    who = torch.arange(users).repeat_interleave(per_user)
+    # Popular items are chosen more often, and a user stays near a place of its own.
+    where = torch.randn(users * per_user, generator=generator) * items / 50 + (who * 7919 % items)
+    what = torch.where(
+        torch.rand(len(who), generator=generator) < 0.3,
+        (torch.rand(len(who), generator=generator) ** 3 * items).long(),
+        where.long() % items,
+    )
+    report: Row = {"users": users, "items": items}
+    for method, options in (("exact", {}), ("joint", {"epochs": 1, "batch_size": 8192})):
+        begin = time.perf_counter()
+        model = bf.Recommender(64)
+        model.fit(who, what, method=method, progress=False, **options)
+        report[f"{method}, seconds"] = time.perf_counter() - begin
+    report["interactions"] = model.interactions.values().numel()
+    begin = time.perf_counter()
+    model.recommend(torch.arange(10_000).clamp(max=users - 1), K)
+    report["10,000 lists, seconds"] = time.perf_counter() - begin
+    print(json.dumps(report))
+
+
+def scale_in_own_process(users: int, items: int, per_user: int) -> Row:
+    import resource
+
+    command = [sys.executable, "-m", "examples.recommend", "--scale", str(users), str(items), str(per_user)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    return {**json.loads(done.stdout.splitlines()[-1]), "peak MiB": peak}
+
+
+def main() -> None:
+    options = arguments("recommend", __doc__.splitlines()[0])
+    ratings = synthetic(300, 200, 40) if options.embedded else data.movielens_100k()
+    users, items = (ids.unique(return_inverse=True)[1] for ids in (ratings.users, ratings.items))
+    shape = (int(users.max()) + 1, int(items.max()) + 1)
+    ranks = [8] if options.embedded else [16, 32, 48]
+    top, notes = top_ten(Pairs(users, items), shape, ranks, {**JOINT, "epochs": 20} if options.embedded else JOINT)
+    errors, notes["chosen for ratings"] = rating_errors(ratings._replace(users=users, items=items), shape, ranks)
+    tables = {
+        "top 10": top,
+        "ratings": errors,
+        "scale": [scale_in_own_process(*((2000, 500, 20) if options.embedded else (200_000, 50_000, 50)))],
+    }
+
+    def draw(plt: object) -> None:
+        _, axis = plt.subplots(figsize=(8, 5))
+        for row in top:
+            mine = row["model"].startswith(("bottleneck", "the same"))
+            axis.scatter(row["numbers"], row["nDCG@10"], color="tab:blue" if mine else "0.5")
+            axis.annotate(row["model"], (row["numbers"], row["nDCG@10"]), xytext=(5, 3), textcoords="offset points")
+        axis.set(xscale="log", xlabel="numbers in the model", ylabel="nDCG@10")
+        axis.grid(alpha=0.3)
+
+    finish("recommend", options, tables, notes, draw)
+
+
+if __name__ == "__main__":
+    if "--scale" in sys.argv:
+        scale(*(int(value) for value in sys.argv[sys.argv.index("--scale") + 1 :]))
+    else:
+        main()

@@ -1,0 +1,175 @@
+"""Text: sentence embeddings in a sixth of the bytes and less, for search and for classification.
+
+Reuters' stories are embedded by all-MiniLM-L6-v2, and the 384 numbers of each are cut to 16 … 128. How many of the ten
+nearest stories are still found? Beside it: scikit-learn's PCA, and the first numbers of the embedding as they are.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import byol_fast as bf
+
+from . import data, embeddings
+from .report import Row, arguments, finish
+
+K = 10
+
+
+class Corpus(NamedTuple):
+    """Embeddings ``[N, 384]`` and categories, for training and for testing."""
+
+    train: Tensor
+    train_categories: list[str]
+    test: Tensor
+    test_categories: list[str]
+
+
+def reuters() -> dict[str, Corpus]:
+    embed = embeddings.cached(data.minilm())
+    corpora = {}
+    for name in ("r8", "r52"):
+        train, test = data.reuters(name)
+        corpora[name] = Corpus(embed(train.texts), train.categories, embed(test.texts), test.categories)
+    return corpora
+
+
+def embedded() -> dict[str, Corpus]:
+    """A few hundred short texts on three subjects; an embedding is the sum of random vectors, one for each word."""
+    subjects = {
+        "grain": ["wheat", "corn", "harvest", "tonnes", "export", "crop", "farmers", "soybean", "acres", "drought"],
+        "money": ["bank", "rates", "dollar", "currency", "fed", "interest", "market", "yen", "reserves", "deposits"],
+        "ships": ["port", "vessel", "strike", "cargo", "tanker", "gulf", "freight", "seamen", "harbour", "canal"],
+    }
+    common = ["the", "a", "of", "to", "in", "said", "on", "for", "and", "at", "year", "would", "new", "last"]
+    generator = torch.Generator().manual_seed(0)
+
+    def pick(words: Sequence[str], count: int) -> list[str]:
+        return [words[i] for i in torch.randint(len(words), (count,), generator=generator).tolist()]
+
+    categories = pick(sorted(subjects), 400)
+    texts = [pick(subjects[category], 6) + pick(common, 8) for category in categories]
+    vectors = {
+        word: torch.randn(384, generator=torch.Generator().manual_seed(zlib.crc32(word.encode())))
+        for text in texts
+        for word in text
+    }
+    rows = F.normalize(torch.stack([torch.stack([vectors[word] for word in text]).sum(0) for text in texts]), dim=1)
+    return {"subjects": Corpus(rows[:300], categories[:300], rows[300:], categories[300:])}
+
+
+# ------------------------------------------------------------------------------------------------------------ codes
+
+
+def nearest(queries: Tensor, documents: Tensor) -> Tensor:
+    """Indices of the ten documents of largest inner product."""
+    return (queries @ documents.T).topk(K, dim=1).indices
+
+
+def recall(found: Tensor, wanted: Tensor) -> float:
+    return float((found[:, :, None] == wanted[:, None, :]).any(2).double().mean())
+
+
+def per_second(queries: Tensor, documents: Tensor) -> float:
+    """Queries a second, in batches of 256: the median of seven runs."""
+    batch, seconds = queries[:256], []
+    for _ in range(7):
+        begin = time.perf_counter()
+        nearest(batch, documents)
+        seconds.append(time.perf_counter() - begin)
+    return len(batch) / statistics.median(seconds)
+
+
+def int8(codes: Tensor, scale: Tensor) -> Tensor:
+    """What remains of codes stored as 8-bit integers, one scale for each number of the code."""
+    return (codes / scale).round().clamp(-127, 127).to(torch.int8).float() * scale
+
+
+class Method(NamedTuple):
+    """How rows ``[N, 384]`` become codes, and the bytes of one."""
+
+    name: str
+    encode: Callable[[Tensor], Tensor]
+    bytes: int
+
+
+def methods(train: Tensor, layer: bf.Bottleneck, size: int) -> list[Method]:
+    from sklearn.decomposition import PCA
+
+    pca = PCA(size, svd_solver="covariance_eigh").fit(train.numpy())
+    # Codes are nested: the layer is trained once, and cut.
+    cut = layer.truncate(size)
+
+    def theirs(rows: Tensor) -> Tensor:
+        return F.normalize(torch.from_numpy(pca.transform(rows.numpy())).float(), dim=1)
+
+    @torch.no_grad()
+    def ours(rows: Tensor) -> Tensor:
+        return F.normalize(cut.encode(rows), dim=1)
+
+    scale = ours(train).abs().amax(dim=0) / 127
+    return [
+        Method("first numbers", lambda rows: F.normalize(rows[:, :size], dim=1), 4 * size),
+        Method("scikit-learn PCA", theirs, 4 * size),
+        Method("bottleneck", ours, 4 * size),
+        Method("bottleneck, int8", lambda rows: int8(ours(rows), scale), size),
+    ]
+
+
+def probe(corpus: Corpus, encode: Callable[[Tensor], Tensor]) -> float:
+    """Accuracy of logistic regression on codes."""
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=100, max_iter=300).fit(encode(corpus.train).numpy(), corpus.train_categories)
+    return float(model.score(encode(corpus.test).numpy(), corpus.test_categories))
+
+
+def main() -> None:
+    options = arguments("text", __doc__.splitlines()[0])
+    corpora = embedded() if options.embedded else reuters()
+    sizes = (8, 16) if options.embedded else (16, 32, 64, 128)
+    documents, queries = (getattr(list(corpora.values())[-1], part) for part in ("train", "test"))
+    layer = bf.Bottleneck(documents.shape[1], max(sizes), bias=False)
+    bf.pretrain(layer, documents, method="exact", progress=False)
+
+    wanted = nearest(queries, documents)
+
+    def row(size: int, method: Method) -> Row:
+        codes, asked = method.encode(documents), method.encode(queries)
+        return {
+            "code": method.name,
+            "numbers": size,
+            "bytes a document": method.bytes,
+            "recall@10": recall(nearest(asked, codes), wanted),
+            "queries a second": per_second(asked, codes),
+            **{f"probe, {name}": probe(corpus, method.encode) for name, corpus in corpora.items()},
+        }
+
+    full = Method("whole embedding", lambda rows: rows, 4 * documents.shape[1])
+    rows = [row(documents.shape[1], full)]
+    rows += [row(size, method) for size in sizes for method in methods(documents, layer, size)]
+    notes = {"documents": len(documents), "queries": len(queries)}
+
+    def draw(plt: object) -> None:
+        _, axis = plt.subplots(figsize=(7, 4.5))
+        for name in dict.fromkeys(row["code"] for row in rows[1:]):
+            line = [row for row in rows if row["code"] == name]
+            axis.plot([row["bytes a document"] for row in line], [row["recall@10"] for row in line], "o-", label=name)
+        axis.axvline(rows[0]["bytes a document"], color="0.6", linestyle=":", label="whole embedding")
+        axis.set(xscale="log", xlabel="bytes a document", ylabel="recall@10 of exact search", ylim=(0, 1))
+        axis.grid(alpha=0.3)
+        axis.legend()
+
+    finish("text", options, {"search and classification": rows}, notes, draw)
+
+
+if __name__ == "__main__":
+    main()
