@@ -169,6 +169,25 @@ def classifiers(train: tuple, test: tuple, layers: dict[str, bf.Bottleneck], ran
     return rows
 
 
+def compressed() -> list[Row]:
+    """A trained network for handwritten digits, whole and compressed; 500 images calibrate it, 4,500 test it."""
+    model, digits = data.mnist_cnn(), data.mnist_5k()
+    images = (digits.images[:, None].float() / 255 - 0.1307) / 0.3081
+    test = images[500:], digits.labels[500:]
+    rows = [
+        {
+            "network": "whole",
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "accuracy": accuracy(model, test),
+        }
+    ]
+    for keep in (0.3, 0.1, 0.05):
+        small, report = bf.compress(model, images[:500], keep=keep, gate="none", progress=False)
+        row = {"network": f"keep={keep}", "parameters": report.parameters, "accuracy": accuracy(small, test)}
+        rows.append({**row, "relative error of logits": report.error})
+    return rows
+
+
 def main() -> None:
     options = arguments("image", __doc__.splitlines()[0])
     train, test = digits() if options.embedded else map(flat, data.fashion_mnist())
@@ -193,6 +212,9 @@ def main() -> None:
         "classifiers": classifiers(train, test, layers, rank, epochs),
         "eager and fused": speed,
     }
+
+    if not options.embedded:
+        tables["compressed network"] = compressed()
 
     def draw(plt: object) -> None:
         figure = plt.figure(figsize=(11, 5), layout="constrained")
