@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: test demo examples lint bench bench-quick bench-compress gpu triton-offline triton36 bench-yield sanitize fuzz wheel clean
+.PHONY: test demo examples lint bench bench-quick bench-compress gpu triton-offline triton36 bench-yield sanitize arm64 fuzz wheel clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.torch:
@@ -18,7 +18,7 @@ $(VENV)/.torch:
 	@touch $@
 
 # Editable, so that Python files are used as they are; C++ files are compiled again when they change.
-$(INSTALLED): $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
+$(INSTALLED): $(VENV)/.torch pyproject.toml setup.py setup_cuda.py $(NATIVE)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@
 
@@ -75,6 +75,10 @@ bench-yield: $(INSTALLED)
 sanitize: $(INSTALLED)
 	$(BIN)/python tests/native/fuzz.py address
 	$(BIN)/python tests/native/fuzz.py thread
+
+# The native core cross-compiled for arm64 and run under emulation; Debian: g++-aarch64-linux-gnu, qemu-user-static.
+arm64: $(INSTALLED)
+	$(BIN)/python tests/native/fuzz.py arm64 --cases 100
 
 fuzz: $(INSTALLED)
 	$(BIN)/python tests/native/fuzz.py plain --first $$(date +%s) --cases 5000

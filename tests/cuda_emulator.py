@@ -16,6 +16,7 @@ import pybind11
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "_cuda_emulated"
+COMPILER = os.environ.get("CXX", "g++")
 # Without contraction sums are what the source says; the fibers' longjmp is not what fortified code expects.
 FLAGS = [
     *("-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"),
@@ -30,9 +31,8 @@ JOBS["bindings"] = ["csrc/bindings_cuda.cpp"]
 
 def build(folder: Path) -> Path:
     """The extension module, compiled unless a former run left one of the same sources in ``folder``."""
-    compiler = os.environ.get("CXX", "g++")
     includes = [pybind11.get_include(), sysconfig.get_paths()["include"], "csrc", "csrc/cuda", "tests/cuda"]
-    common = [compiler, *FLAGS, *(f"-I{path}" for path in includes)]
+    common = [COMPILER, *FLAGS, *(f"-I{path}" for path in includes)]
     digest = hashlib.sha256(repr((common, JOBS, sys.version)).encode())
     headers = [*ROOT.glob("csrc/cuda/*"), ROOT / "csrc/bindings_cuda.cpp", *ROOT.glob("tests/cuda/*.h")]
     for path in sorted(headers):
@@ -46,7 +46,7 @@ def build(folder: Path) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda name: _run([*common, *JOBS[name], "-c", "-o", objects[name]]), JOBS))
     unfinished = module.with_suffix(f".{os.getpid()}")
-    _run([compiler, "-shared", *objects.values(), "-o", str(unfinished)])
+    _run([COMPILER, "-shared", *objects.values(), "-o", str(unfinished)])
     os.replace(unfinished, module)
     return module
 

@@ -15,7 +15,6 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 from examples import image, recommend, report, text
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMITTED = [name for name in report.PAGES if (ROOT / "bench" / "results" / f"{name}.json").exists()]
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +84,14 @@ def test_the_large_matrix_is_trained_on_in_a_process_of_its_own(run):
     assert row["peak MiB"] > 0
 
 
-@pytest.mark.parametrize("name", COMMITTED)
+@pytest.mark.parametrize("name", report.PAGES)
 def test_the_documentation_says_what_the_committed_results_say(name):
     page = (ROOT / "docs" / report.PAGES[name]).read_text(encoding="utf-8")
-    record = json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    assert report.page_of(page, record) == page
-    assert f"{name}.png" in page
+    results = ROOT / "bench" / "results" / f"{name}.json"
+    assert results.exists() != ("Results on these data are not committed yet" in page)
+    if results.exists():
+        assert report.page_of(page, json.loads(results.read_text(encoding="utf-8"))) == page
+        assert f"{name}.png" in page
 
 
 def test_a_page_without_a_place_for_a_table_is_told():
