@@ -18,13 +18,16 @@ from byol_fast.phases import plain
 # What a machine without this package, and without all it brings, can import.
 ONLY_TORCH = """
 import sys
-from importlib.machinery import PathFinder
-class Bare(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
+class Bare:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
         absent = name.split(".")[0] in ("byol_fast", "safetensors", "tqdm", "sklearn", "scipy")
-        return None if absent else super().find_spec(name, path, target)
-sys.meta_path = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
+        return None if absent else self.finder.find_spec(name, path, target)
+# Every finder: an editable installation has one of its own.
+sys.meta_path = [Bare(finder) for finder in sys.meta_path]
 try:
     import byol_fast
 except ModuleNotFoundError:
