@@ -149,8 +149,9 @@ def top_ten(pairs: Pairs, shape: tuple[int, int], ranks: list[int], joint: Row) 
 
     penalty = best_of([100, 200, 300, 500, 700, 1000], lambda value: ease(seen_small, value), wanted_small)
     svd_rank = best_of(ranks, lambda rank: plain_svd(seen_small, rank), wanted_small)
-    has_bpr = importlib.util.find_spec("implicit") is not None
-    bpr_rank = best_of(ranks, lambda rank: bpr(seen_small, rank), wanted_small) if has_bpr else None
+    # An extra library, left out where it is not installed.
+    bpr_ranks = ranks if importlib.util.find_spec("implicit") is not None else []
+    bpr_rank = best_of(bpr_ranks, lambda rank: bpr(seen_small, rank), wanted_small) if bpr_ranks else 0
     grid = [
         {"rank": rank, "user_power": power, "item_power": power, "shrinkage": shrinkage}
         for rank, power, shrinkage in itertools.product(ranks, (0.25, 0.5), (0.0, 1.0, 4.0))
@@ -172,7 +173,7 @@ def top_ten(pairs: Pairs, shape: tuple[int, int], ranks: list[int], joint: Row) 
         "the same, joint, tied": (lambda: ours(train, users, tied, joint)[1], 2 * rank * items),
         "the same, exact, rows normalised": (lambda: ours(train, users, by_rows, EXACT)[1], 2 * rank * items),
     }
-    if not has_bpr:
+    if not bpr_rank:
         del runs[f"BPR, rank {bpr_rank}"]
     rows = []
     for name, (run, numbers) in runs.items():
@@ -180,7 +181,7 @@ def top_ten(pairs: Pairs, shape: tuple[int, int], ranks: list[int], joint: Row) 
         rows.append(
             {"model": name, **quality(top, wanted), "numbers": numbers, "seconds": cost.seconds, "MiB": cost.mib}
         )
-    return rows, {"chosen on validation data": {**chosen, "EASE": penalty, "SVD": svd_rank, "BPR": bpr_rank}}
+    return rows, {"chosen on validation data": {**chosen, "EASE": penalty, "SVD": svd_rank, "BPR": bpr_rank or None}}
 
 
 def rating_errors(ratings: data.Ratings, shape: tuple[int, int], ranks: list[int]) -> tuple[list[Row], Row]:
