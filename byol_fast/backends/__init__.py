@@ -182,7 +182,7 @@ def _choose_automatically(tensors: Sequence[Tensor], call: Call) -> Choice:
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         # A kernel sees one sample at a time; PyTorch's own operations are batched, and differentiate in every mode.
         return Choice("reference", "a torch.func transform is active")
-    reasons = []
+    reasons: list[str] = []
     device = tensors[0].device
     for name in _PREFERENCE.get(device.type, _PREFERENCE_ELSEWHERE):
         reason = (
@@ -192,7 +192,7 @@ def _choose_automatically(tensors: Sequence[Tensor], call: Call) -> Choice:
             or verified.reason_against(name, call, device)
         )
         if reason is None:
-            return Choice(name, "measured fastest on such calls")
+            return Choice(name, "; ".join([verified.reason_for(call, device), *reasons]))
         reasons.append(f"{name}: {reason}")
     return Choice("reference", "; ".join(reasons))
 

@@ -10,10 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 from contract import Operands, assert_all, make_operands, relative_error, results
+from triton import OutOfResources
 
 import byol_fast as bf
 from byol_fast import reference
-from byol_fast.backends.triton import config, launch
+from byol_fast.backends.triton import config, launch, tune
 
 # Ranks of every width of a tile, ragged; columns beyond one float32 sum of pass 1.
 SHAPES = [(5, 70, 1), (67, 530, 16), (130, 40, 33)]
@@ -119,3 +120,90 @@ def test_launches_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names == ["prepare", "encode", "collect", "finish"]
     loss.backward()
     assert names[4:] == ["data_gradients"]
+
+
+@pytest.fixture
+def autotuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "ENABLED", True)
+    monkeypatch.setattr(tune, "_fastest", {})
+
+
+@pytest.mark.usefixtures("autotuning")
+def test_autotuning_keeps_the_fastest_of_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    operands = make_operands(70, 40, 5)
+    table = config.config(5, half=False)
+    wanted = replace(table, encode=replace(table.encode, warps=table.encode.warps // 2))
+    tried: list[config.Config] = []
+
+    def seconds(call: object, candidate: config.Config, x: torch.Tensor) -> float:
+        tried.append(candidate)
+        if candidate.encode.rows > table.encode.rows:
+            raise RuntimeError("out of shared memory")
+        return 1.0 if candidate == wanted else 2.0
+
+    monkeypatch.setattr(tune, "_seconds", seconds)
+    check(operands)
+    assert list(tune._fastest.values()).count(wanted) == 1
+    # What follows was changed beside the best so far, and a class that is known is not timed again.
+    assert tried[-1].encode == wanted.encode
+    count = len(tried)
+    check(operands)
+    assert len(tried) == count
+
+
+@pytest.mark.usefixtures("autotuning")
+def test_autotuning_is_right_in_every_configuration_it_may_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The last is the fastest, so that every kernel ends in a configuration that the table does not have.
+    order = iter(range(10**6, 0, -1))
+    monkeypatch.setattr(tune, "_seconds", lambda call, candidate, x: float(next(order)))
+    operands = make_operands(90, 70, 5, ratio=1e-6)
+    check(operands)
+    assert_all(bf.bottleneck, reference.bottleneck, operands)
+    chosen = list(tune._fastest.values())
+    assert len(chosen) >= 4
+    assert config.config(5, half=False) not in chosen
+
+
+@pytest.mark.usefixtures("autotuning")
+def test_autotuning_times_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "_RUNS", 1)
+    check(make_operands(20, 18, 3), reduction="sum")
+    assert tune._fastest
+
+
+def test_without_being_asked_nothing_is_tuned() -> None:
+    assert not tune.ENABLED
+    check(make_operands(20, 18, 3))
+    assert tune._fastest == {}
+
+
+def test_out_of_memory_is_pytorch_s_error_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    operands = make_operands(40, 30, 4)
+    expected = operands.call(bf.bottleneck_mse_loss)
+    run = launch._run
+
+    def exhausted(kernel, *args, **options):  # type: ignore[no-untyped-def]
+        if kernel.__name__ == "encode":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 GiB.")
+        run(kernel, *args, **options)
+
+    monkeypatch.setattr(launch, "_run", exhausted)
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        operands.call(bf.bottleneck_mse_loss)
+    monkeypatch.setattr(launch, "_run", run)
+    assert torch.equal(operands.call(bf.bottleneck_mse_loss), expected)
+
+
+def test_a_gpu_with_too_little_shared_memory_is_told_so() -> None:
+    class Kernel:
+        __name__ = "encode"
+
+        def __getitem__(self, grid: object) -> object:
+            def launched(*arguments: object, **options: object) -> None:
+                raise OutOfResources(120_000, 101_376, "shared memory")
+
+            return launched
+
+    message = r"^backend 'triton': kernel encode needs 120000 of shared memory, and this GPU has 101376; .*'gram'"
+    with pytest.raises(RuntimeError, match=message):
+        launch._run(Kernel(), (1,), config.Launch(64, 64, 4, 2))

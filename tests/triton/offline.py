@@ -1,25 +1,33 @@
 """Compiles the kernels for GPUs that are not there, as they would be launched, and reads what they take.
 
-``python tests/triton/offline.py --write`` writes resources.json, the bounds that test_offline.py holds the kernels to.
+resources.json holds that for every kernel × dtype × rank × architecture, with a digest of what was compiled: after a
+change, ``python tests/triton/offline.py --write`` compiles what changed. ``--check`` compiles nothing and says what is
+missing, stale, spills, or does not fit; ``--covering`` compiles each kernel again, on one architecture in turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import io
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
+import tokenize
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -32,13 +40,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RANKS = (16, 32, 64, 128)
 # Bytes a program may have, on the smallest chip that the code for the architecture runs on (99 KB on sm_86 and sm_89).
 SHARED = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, AMD: 65_536}
-# The instructions of matrix units, in machine code.
+# The instructions of matrix units, in machine code, and the one of each architecture for wide products.
 INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "DMMA", "v_mfma")
+WIDE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", AMD: "v_mfma"}
+# Kernels that read the data and multiply it; the others only multiply what is as small as the weights, or nothing.
+WIDE_KERNELS = ("encode", "collect", "forward", "backward", "data_gradients")
 
 
 @dataclass(frozen=True)
 class Build:
-    """A kernel as it is launched for a dtype and rank, on an architecture."""
+    """A kernel as an operation launches it for a dtype and rank, on an architecture."""
 
     architecture: str
     dtype: str
@@ -47,6 +58,17 @@ class Build:
 
     def __str__(self) -> str:
         return f"{self.architecture} {self.dtype} {self.rank} {self.kernel}"
+
+    @property
+    def instruction(self) -> str:
+        """The instruction of the matrix unit it has to use, or nothing: float32 may not be rounded and does without."""
+        operation, kernel = self.kernel.split(".")
+        if kernel == "prepare":
+            # float64: AMD's is of another name, and of no concern.
+            return "" if self.architecture == AMD else "DMMA"
+        if self.dtype == "fp32" or operation == "squared_error" or kernel not in WIDE_KERNELS:
+            return ""
+        return WIDE[self.architecture]
 
 
 @dataclass(frozen=True)
@@ -59,40 +81,103 @@ class Resources:
     instructions: tuple[str, ...]
 
 
-def launches(dtype: str, rank: int) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], Any]]:
-    """Every launch of the backend for a dtype and rank, by name of the kernel; nothing runs."""
-    recorded: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = {}
+@dataclass(frozen=True)
+class Launched:
+    """A kernel and what it was launched with."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    configuration: Any
+
+    def specialised(self) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+        """Signature, constants and attributes, by Triton's rules for what is constant or divisible by 16."""
+        signature: dict[str, str] = {}
+        constants: dict[Any, Any] = {}
+        attributes: dict[Any, Any] = {}
+        for place, name in enumerate(self.kernel.arg_names):
+            value = self.arguments[place] if place < len(self.arguments) else self.options[name]
+            if place >= len(self.arguments) or (isinstance(value, int) and value == 1):
+                signature[name], constants[(place,)] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name], attributes[(place,)] = _POINTERS[value.dtype], [["tt.divisibility", 16]]
+            else:
+                signature[name] = "i32"
+                if value % 16 == 0:
+                    attributes[(place,)] = [["tt.divisibility", 16]]
+        return signature, constants, attributes
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that decides the machine code but the compiler: sources, specialisation, configuration."""
+        return _digest(*_sources(self.kernel), repr(self.specialised()), repr(self.configuration))
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+@cache
+def _sources(kernel: Any) -> list[str]:
+    """The tokens of a kernel and of all functions and constants of Triton's that it names, comments left out."""
+    found: dict[str, str] = {}
+    waiting = [kernel]
+    while waiting:
+        function = waiting.pop()
+        tokens = tokenize.generate_tokens(io.StringIO(function.src).readline)
+        words = [token.string for token in tokens if token.string.strip() and not token.string.startswith(("#", '"""'))]
+        found[function.__name__] = " ".join(words)
+        for word in sorted(set(words) - set(found)):
+            value = function.fn.__globals__.get(word)
+            if isinstance(value, triton.JITFunction):
+                waiting.append(value)
+            elif isinstance(value, tl.constexpr):
+                found[word] = repr(value.value)
+    return [f"{name} {found[name]}" for name in sorted(found)]
+
+
+@cache
+def launches(dtype: str, rank: int) -> dict[str, Launched]:
+    """Every launch of the backend for a dtype and rank, as 'operation.kernel'; nothing runs."""
+    recorded: dict[str, Launched] = {}
+    operation = ""
 
     def record(kernel: Any, grid: Any, configuration: Any, *arguments: Any, **options: Any) -> None:
-        recorded[f"{kernel.__module__.rsplit('.', 1)[1]}.{kernel.__name__}"] = (
-            kernel,
-            arguments,
-            options,
-            configuration,
-        )
+        recorded[f"{operation}.{kernel.__name__}"] = Launched(kernel, arguments, options, configuration)
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=DTYPES[dtype])
 
     x, encoder, decoder = tensor(4096, 1024), tensor(rank, 1024), tensor(1024, rank)
     encoder_bias, decoder_bias, code, scale = tensor(rank), tensor(1024), torch.empty(4096, rank), torch.empty(())
-    weights = (encoder, decoder, encoder_bias, decoder_bias)
+    biases = (encoder_bias, decoder_bias)
+    weights = (encoder, decoder, *biases)
+    operations: dict[str, Callable[[], object]] = {
+        "step": lambda: launch.step(x, None, *weights, "gelu", True, False),
+        "tied": lambda: launch.step(x, None, encoder, None, *biases, "gelu", True, False),
+        "loss": lambda: launch.step(x, None, *weights, "gelu", False, False),
+        "layer": lambda: launch.forward(x, *weights, "gelu", True, True),
+        "layer_backward": lambda: launch.backward(x, x, encoder, decoder, code, "gelu", True, True, True),
+        "data": lambda: launch.data_gradients(
+            x, None, encoder, decoder, decoder_bias, code, code, scale, (True, False)
+        ),
+        "squared_error": lambda: launch.squared_error_sum(x, x),
+        "squared_error_backward": lambda: launch.squared_error_gradients(x, x, scale, (True, True)),
+    }
     run, launch._run = launch._run, record
     try:
-        launch.step(x, None, *weights, "gelu", False, False)
-        launch.step(x, None, *weights, "gelu", True, False)
-        launch.forward(x, *weights, "gelu", True, True)
-        launch.data_gradients(x, None, encoder, decoder, decoder_bias, code, code, scale, (True, False))
-        launch.squared_error_sum(x, x)
-        launch.squared_error_gradients(x, x, scale, (True, True))
-        launch.backward(x, x, encoder, decoder, code, "gelu", True, True, False)
+        for operation, launched in operations.items():  # noqa: B007
+            launched()
     finally:
         launch._run = run
+    # Variations of which the step has the larger one.
+    for name in ("tied.prepare", "tied.collect", "tied.finish", "loss.prepare", "loss.encode"):
+        del recorded[name]
     return recorded
 
 
 def builds(architectures: tuple[str, ...]) -> Iterator[Build]:
-    """Every kernel × dtype × rank × architecture; those without a rank once for each dtype."""
+    """Every kernel × dtype × rank × architecture; what does not depend on the dtype or the rank, once."""
     for dtype, rank, kernel in _kernels():
         yield from (Build(architecture, dtype, rank, kernel) for architecture in architectures)
 
@@ -104,34 +189,22 @@ def covering() -> Iterator[Build]:
         yield Build(NVIDIA[turn % len(NVIDIA)], dtype, rank, kernel)
 
 
-def _kernels() -> Iterator[tuple[str, int, str]]:
+@cache
+def _kernels() -> list[tuple[str, int, str]]:
+    found: dict[str, tuple[str, int, str]] = {}
     for dtype in DTYPES:
         for rank in RANKS:
-            for kernel in launches(dtype, rank):
-                if rank == RANKS[0] or "rank" in _parameters(kernel, dtype, rank):
-                    yield dtype, rank, kernel
-
-
-def _parameters(kernel: str, dtype: str, rank: int) -> list[str]:
-    return list(launches(dtype, rank)[kernel][0].arg_names)
+            for kernel, launched in launches(dtype, rank).items():
+                found.setdefault(launched.digest, (dtype, rank, kernel))
+    return list(found.values())
 
 
 def build(what: Build) -> Resources:
-    """Compiles, with Triton's own rules for which arguments are constants or divisible by 16."""
-    kernel, arguments, options, configuration = launches(what.dtype, what.rank)[what.kernel]
-    signature, constants, attributes = {}, {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        value = arguments[place] if place < len(arguments) else options[name]
-        if place >= len(arguments) or (isinstance(value, int) and value == 1):
-            signature[name], constants[(place,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name], attributes[(place,)] = _POINTERS[value.dtype], [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i32"
-            if value % 16 == 0:
-                attributes[(place,)] = [["tt.divisibility", 16]]
+    """Compiles."""
+    launched = launches(what.dtype, what.rank)[what.kernel]
+    configuration = launched.configuration
     compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
+        ASTSource(launched.kernel, *launched.specialised()),
         target=_target(what.architecture),
         options={"num_warps": configuration.warps, "num_stages": configuration.stages, "enable_fp_fusion": True},
     )
@@ -180,8 +253,8 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def build_all(what: list[Build], done: Callable[[Build, Resources | str], None]) -> None:
-    """Calls ``done`` with the resources of each build, or the error it ended in; two at a time."""
-    with ProcessPoolExecutor(2) as pool:
+    """Calls ``done`` with the resources of each build, or the error it ended in; as many at a time as processors."""
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
         for one, result in zip(what, pool.map(_attempt, what), strict=True):
             done(one, result)
 
@@ -193,55 +266,87 @@ def _attempt(what: Build) -> Resources | str:
         return f"{type(error).__name__}: {error}"
 
 
-def bounds() -> dict[str, dict[str, Any]]:
-    """What was committed, by build."""
-    committed: dict[str, dict[str, Any]] = json.loads(BOUNDS.read_text()) if BOUNDS.exists() else {}
-    return committed
+def committed() -> dict[str, Any]:
+    """``{"triton": version, "builds": {build: resources and digest}}``."""
+    found: dict[str, Any] = json.loads(BOUNDS.read_text(encoding="utf-8"))
+    return found
+
+
+def write(table: dict[str, dict[str, Any]]) -> None:
+    """Keeps what is in the matrix, one build a line."""
+    names = sorted({str(one) for one in builds((*NVIDIA, AMD))} & set(table))
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(table[name])}" for name in names)
+    BOUNDS.write_text(f'{{"triton": "{triton.__version__}", "builds": {{\n{lines}\n}}}}\n', encoding="utf-8")
+
+
+def stale(what: Build, table: dict[str, dict[str, Any]]) -> bool:
+    """Whether the matrix does not know the kernel as it is now."""
+    return table.get(str(what), {}).get("digest") != launches(what.dtype, what.rank)[what.kernel].digest
 
 
 def complaint(what: Build, found: Resources | str) -> str | None:
-    """None, or what is wrong with a build: it failed, spills more than before, does not fit, lost the matrix unit."""
+    """None, or what is wrong with a build in itself: it failed, does not fit the chip, lost the matrix unit."""
     if isinstance(found, str):
         return f"{what}: {found}"
-    bound = bounds().get(str(what))
-    if bound is None:
-        return f"{what}: resources.json says nothing of it"
-    if found.spills > bound["spills"]:
-        return f"{what}: {found.spills} bytes of spills, {bound['spills']} are allowed"
     if found.shared > SHARED[what.architecture]:
         return f"{what}: {found.shared} bytes of shared memory, the chip has {SHARED[what.architecture]}"
-    missing = set(bound["instructions"]) - set(found.instructions)
-    if _wants_matrix_unit(what) and not found.instructions:
-        missing.add("those of a matrix unit")
-    return f"{what}: no instructions {sorted(missing)}" if missing else None
+    if what.instruction and what.instruction not in found.instructions:
+        return f"{what}: no {what.instruction}, but {', '.join(found.instructions) or 'no matrix unit'}"
+    return None
 
 
-def _wants_matrix_unit(what: Build) -> bool:
-    """float32 may not be rounded and does without; the squared error and the last sum multiply no matrices."""
-    return what.dtype != "fp32" and not what.kernel.startswith(("squared_error", "collect.add_up"))
+def check() -> list[str]:
+    """What is wrong with the committed matrix."""
+    table, complaints = committed()["builds"], []
+    for one in builds((*NVIDIA, AMD)):
+        if stale(one, table):
+            complaints.append(f"{one}: resources.json does not know it as it is now (offline.py --write)")
+        else:
+            found = {name: value for name, value in table[str(one)].items() if name != "digest"}
+            complaints.append(complaint(one, Resources(**found)) or "")
+    return [one for one in complaints if one]
+
+
+def compile_and_compare(wanted: list[Build], store: bool) -> list[str]:
+    """What is wrong with the builds, or differs from what was committed; ``store``: that becomes what they take now."""
+    known = committed() if BOUNDS.exists() else {"triton": triton.__version__, "builds": {}}
+    table, complaints = known["builds"], []
+
+    def done(one: Build, result: Resources | str) -> None:
+        print(f"{one}: {result}", flush=True)
+        found = complaint(one, result)
+        if store and isinstance(result, Resources):
+            table[str(one)] = {**vars(result), "digest": launches(one.dtype, one.rank)[one.kernel].digest}
+            write(table)
+        # Another version of the compiler spills as it will.
+        elif isinstance(result, Resources) and known["triton"] == triton.__version__:
+            bound = table.get(str(one), {}).get("spills", 0)
+            if result.spills > bound:
+                found = f"{one}: {result.spills} bytes of spills, {bound} were committed"
+        complaints.append(found or "")
+
+    build_all(wanted, done)
+    return [one for one in complaints if one]
 
 
 def _main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write what is found to resources.json")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--write", action="store_true", help="compile what changed, and write resources.json")
+    how.add_argument("--check", action="store_true", help="compile nothing; say what is wrong with resources.json")
+    how.add_argument("--covering", action="store_true", help="compile each kernel on one architecture")
     parser.add_argument("--architectures", nargs="+", default=[*NVIDIA, AMD])
     parser.add_argument("--only", default="", help="builds whose name contains this")
     options = parser.parse_args()
-    started, complaints, table = time.time(), [], bounds()
-
-    def done(one: Build, result: Resources | str) -> None:
-        print(f"{one}: {result}", flush=True)
-        if options.write and isinstance(result, Resources):
-            table[str(one)] = vars(result)
-            lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(table[name])}" for name in sorted(table))
-            BOUNDS.write_text(f"{{\n{lines}\n}}\n")
-        found = complaint(one, result)
-        if found is not None:
-            complaints.append(found)
-
-    wanted = [one for one in builds(tuple(options.architectures)) if options.only in str(one)]
-    build_all(wanted, done)
-    print("\n".join([f"{len(wanted)} builds in {time.time() - started:.0f} s", *complaints]))
+    started = time.time()
+    if options.check:
+        complaints, count = check(), 0
+    else:
+        every = covering() if options.covering else builds(tuple(options.architectures))
+        table = committed()["builds"] if BOUNDS.exists() else {}
+        wanted = [one for one in every if options.only in str(one) and (not options.write or stale(one, table))]
+        complaints, count = compile_and_compare(wanted, options.write), len(wanted)
+    print("\n".join([f"{count} builds in {time.time() - started:.0f} s", *complaints]))
     return 1 if complaints else 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,3 +62,20 @@ def test_auto_leaves_what_the_kernels_are_not_made_for(change: dict[str, object]
     backend = triton.Triton()
     assert backend.declines(CALL) is None
     assert "up to 128" in str(backend.declines(CALL._replace(**change)))  # type: ignore[arg-type]
+
+
+def test_a_tensor_on_another_gpu_than_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are launched on the tensor's device, and the current one is what it was afterwards."""
+    launch = pytest.importorskip("byol_fast.backends.triton.launch")
+    monkeypatch.setattr(torch.cuda, "_exchange_device", lambda index: events.append(index) or 0)
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", lambda index: events.append(index) or 0)
+    events: list[object] = []
+
+    def squared_error_sum(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        events.append("launch")
+        return torch.zeros(())
+
+    monkeypatch.setattr(launch, "squared_error_sum", squared_error_sum)
+    other = SimpleNamespace(device=torch.device("cuda", 1), is_cuda=True, dtype=torch.bfloat16)
+    triton.Triton().squared_error(other, other)  # type: ignore[arg-type]
+    assert events == [1, "launch", 0]

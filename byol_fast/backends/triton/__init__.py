@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import verified
 from ..base import Call, few_rows_as_float
 from ..gram import Gram
+from . import tune
 from .config import MAX_RANK
 
 _OLDEST = (3, 6)
@@ -121,7 +122,8 @@ class Triton:
             return self._gram.bottleneck(*arguments)
         launch = _kernels()
         with launch.on_device(input):
-            results: list[Tensor | None] = launch.forward(*arguments)
+            rank = encoder_weight.shape[0]
+            results: list[Tensor | None] = tune.run(launch.forward, ("forward",), input, rank, *arguments[1:])
         return results
 
     def bottleneck_backward(
@@ -140,7 +142,8 @@ class Triton:
             return self._gram.bottleneck_backward(*arguments, needs)
         launch = _kernels()
         with launch.on_device(input):
-            results = launch.backward(*arguments, needs[0], any(needs[1:]))
+            more = (*arguments[1:], needs[0], any(needs[1:]))
+            results = tune.run(launch.backward, ("backward", "collect"), grad, encoder_weight.shape[0], *more)
         return _wanted(results, needs)
 
     def step(
@@ -160,7 +163,9 @@ class Triton:
             return self._gram.step(*operands, activation, needs, save_codes)
         launch = _kernels()
         with launch.on_device(input):
-            results = launch.step(*few_rows_as_float(*operands), activation, any(needs), save_codes)
+            x, *others = few_rows_as_float(*operands)
+            more = (*others, activation, any(needs), save_codes)
+            results = tune.run(launch.step, ("encode", "collect"), x, encoder_weight.shape[0], *more)
         return _wanted(results, (True, *needs, save_codes, save_codes))
 
     def sparse_step(
@@ -195,7 +200,8 @@ class Triton:
             return self._gram.step_input_gradients(*arguments)
         launch = _kernels()
         with launch.on_device(input):
-            gradients: list[Tensor | None] = launch.data_gradients(*arguments)
+            rank = encoder_weight.shape[0]
+            gradients: list[Tensor | None] = tune.run(launch.data_gradients, ("data",), input, rank, *arguments[1:])
         return gradients
 
 

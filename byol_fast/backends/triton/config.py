@@ -6,6 +6,9 @@ not timed yet. Blocks are powers of two and at least 16, which is the least a ma
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 # The largest rank of the fused kernels: beyond, their accumulators do not fit the registers.
@@ -40,7 +43,20 @@ def padded_rank(rank: int) -> int:
 
 def config(rank: int, half: bool) -> Config:
     """The configuration for a rank ≤ MAX_RANK; ``half`` for operands of two bytes."""
-    return _TABLE[half, padded_rank(rank)]
+    return _chosen.get() or _TABLE[half, padded_rank(rank)]
+
+
+_chosen: ContextVar[Config | None] = ContextVar("configuration", default=None)
+
+
+@contextmanager
+def using(configuration: Config) -> Iterator[None]:
+    """Launches take this configuration, whatever the table says."""
+    token = _chosen.set(configuration)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
 
 
 _TABLE = {
@@ -54,19 +70,19 @@ _TABLE = {
         Launch(128, 64, 8, 3), Launch(64, 128, 8, 3), Launch(64, 64, 4, 3), Launch(64, 64, 4, 3), Launch(64, 64, 4, 1)
     ),
     (True, 128): Config(
-        Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 1)
+        Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 32, 8, 1)
     ),
     # float32 is multiplied without the matrix unit, and unrolled: small tiles, or it spills.
     (False, 16): Config(
         Launch(64, 32, 4, 2), Launch(32, 32, 4, 2), Launch(64, 32, 4, 2), Launch(64, 32, 4, 2), Launch(64, 32, 4, 1)
     ),
     (False, 32): Config(
-        Launch(64, 32, 8, 2), Launch(32, 32, 4, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 1)
+        Launch(64, 32, 8, 2), Launch(16, 32, 4, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 1)
     ),
     (False, 64): Config(
-        Launch(32, 32, 8, 2), Launch(32, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 1)
+        Launch(32, 32, 8, 2), Launch(16, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 1)
     ),
     (False, 128): Config(
-        Launch(32, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 1)
+        Launch(32, 32, 8, 2), Launch(16, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 1)
     ),
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import OutOfResources
 
 from ..layout import collapse
 from .config import Launch, config, padded_rank
@@ -48,7 +49,13 @@ def _product(x: Tensor) -> dict[str, Any]:
 
 def _run(kernel: Any, grid: tuple[int, ...], launch: Launch, *arguments: Any, **options: Any) -> None:
     # Stated, because its default differs between versions and results depend on it.
-    kernel[grid](*arguments, **options, num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True)
+    try:
+        kernel[grid](*arguments, **options, num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True)
+    except OutOfResources as error:
+        raise RuntimeError(
+            f"backend 'triton': kernel {kernel.__name__} needs {error.required} of {error.name}, and this GPU has "
+            f"{error.limit}; byol_fast.use_backend('gram') runs on any"
+        ) from error
 
 
 def _config(x: Tensor, rank: int) -> Any:
@@ -84,7 +91,10 @@ def step(
     launches, precision = _config(x, rank), _precision(x)
     flags: dict[str, Any] = {"HAS_DECODER_BIAS": decoder_bias is not None, "TF32": precision["TF32"]}
     direct_below = DIRECT_BELOW if x.dtype == torch.float32 else 0.0
-    gram, offset = _floats(x, rank, rank), _floats(x, rank)
+    half = x.dtype != torch.float32
+    parts = encode.GRAM_PARTS.value
+    gram = x.new_empty(parts, rank, rank, dtype=torch.bfloat16) if half else _floats(x, rank, rank)
+    offset = _floats(x, rank)
     _run(
         encode.prepare, (_ceil(rank, _GRAM_TILE),) * 2, Launch(0, 0, 4, 2),
         weight, _or(decoder_bias, x), gram, offset, *weight.shape, *weight.stride(), **flags,
@@ -108,7 +118,7 @@ def step(
         *x.shape, goal.shape[1], rank, *x.stride(), *goal.stride(), *encoder.stride(), *weight.stride(),
         **flags, ACTIVATION=activation, JOINT=target is None, TIED=tied, HAS_ENCODER_BIAS=encoder_bias is not None,
         STORE=gradients or (save_codes and same), STORE_WIDE=save_codes and not same, DIRECT_BELOW=direct_below,
-        PRECISION=precision["PRECISION"], EXACT=precision["EXACT"], **_blocks(launches.encode, rank),
+        PRECISION=precision["PRECISION"], **_blocks(launches.encode, rank),
     )  # fmt: skip
     total = _floats(x)
     codes = [wide_code, wide_slope] if save_codes else [None, None]
@@ -153,9 +163,7 @@ def _gradients(
     weight, precision = _decoder(encoder, decoder), _precision(x)
     launches = _config(x, rank)
     launch = launches.collect
-    flags = {
-        "HAS_DECODER_BIAS": decoder_bias is not None, "TF32": precision["TF32"], "EXACT": precision["EXACT"],
-    }  # fmt: skip
+    flags: dict[str, Any] = {"HAS_DECODER_BIAS": decoder_bias is not None, "TF32": precision["TF32"]}
     code_columns = min(32, padded_rank(rank))
     column_tiles = _ceil(out_features, launch.columns) + (0 if joint else _ceil(in_features, launch.columns))
     column_tiles += _ceil(rank, code_columns) if gram else 0
@@ -179,8 +187,8 @@ def _gradients(
         weight, _or(decoder_bias, x), losses, *sums, slope_sums,
         total, d_encoder, _or(d_decoder, x), d_encoder_bias, d_decoder_bias,
         in_features, out_features, rank, splits, slope_sums.shape[0], *weight.stride(),
-        **flags, GRAM=gram, TIED=decoder is None, COLUMNS=_FINISH_COLUMNS, RANK=padded_rank(rank),
-        CODE_COLUMNS=code_columns, TILES=_TILES, SUM_TILES=64,
+        **flags, EXACT=precision["EXACT"], GRAM=gram, TIED=decoder is None, COLUMNS=_FINISH_COLUMNS,
+        RANK=padded_rank(rank), CODE_COLUMNS=code_columns, TILES=_TILES, SUM_TILES=64,
     )  # fmt: skip
     return [d_encoder, d_decoder, d_encoder_bias, d_decoder_bias]
 

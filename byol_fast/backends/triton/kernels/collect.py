@@ -26,7 +26,7 @@ def collect(
     rows, in_features, out_features, rank, share, tile_rows,
     x_row, x_column, target_row, target_column, decoder_row, decoder_column,
     JOINT: tl.constexpr, HAS_DECODER_BIAS: tl.constexpr, DIRECT: tl.constexpr,
-    TF32: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    TF32: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, CODE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Program (c, s): columns c, rows s·share … JOINT: one reading of X serves Z and dU."""
@@ -56,8 +56,12 @@ def collect(
                     a = tl.where((n < end)[:, None], a - bias[None, :], 0.0)
                 if DIRECT:
                     if tl.load(direct_tiles + first // tile_rows) != 0:
-                        weight = matrix(decoder, d, k, decoder_row, decoder_column, out_features, rank, TF32)
-                        a -= dot(z, tl.trans(weight), tl.zeros([ROWS, COLUMNS], dtype=tl.float32), EXACT)
+                        # A few codes at a time: the whole of Wd's block would not fit the registers.
+                        for block in range(0, RANK, CODE_COLUMNS):
+                            j = block + tl.arange(0, CODE_COLUMNS)
+                            some = matrix(code, n, j, rank, 1, end, rank, False)
+                            weight = matrix(decoder, d, j, decoder_row, decoder_column, out_features, rank, TF32)
+                            a -= dot(some, tl.trans(weight), tl.zeros([ROWS, COLUMNS], dtype=tl.float32), "ieee")
                         left = a
                 with_code = dot(tl.trans(left), z, with_code, PRECISION)
                 sums += tl.sum(a, axis=0)

@@ -15,6 +15,8 @@ from .arithmetic import activate, dot, matrix, narrow, put, slope_of, vector
 
 # A float32 sum is begun afresh every so many columns: some matrix units truncate, and long sums would drift.
 FRESH_COLUMNS = tl.constexpr(512)
+# bfloat16 numbers that make up one of float32.
+GRAM_PARTS = tl.constexpr(3)
 
 
 @triton.jit
@@ -24,7 +26,10 @@ def prepare(
     HAS_DECODER_BIAS: tl.constexpr, TF32: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """G = Wdᵀ Wd and bd Wd. All rows share their errors, which do not average out: they are summed in float64."""
+    """G = Wdᵀ Wd and bd Wd. All rows share their errors, which do not average out: they are summed in float64.
+
+    G is float32, or GRAM_PARTS matrices of bfloat16 that add up to it.
+    """
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     j = tl.program_id(1) * TILE + tl.arange(0, TILE)
     products = tl.zeros([TILE, TILE], dtype=tl.float64)
@@ -37,7 +42,13 @@ def prepare(
         if HAS_DECODER_BIAS:
             bias = vector(decoder_bias, d, out_features, True)
             biases += tl.sum(right * bias.to(tl.float64)[:, None], axis=0)
-    put(gram, products.to(tl.float32), i, j, rank, 1, rank, rank)
+    if gram.dtype.element_ty == tl.float32:
+        put(gram, products.to(tl.float32), i, j, rank, 1, rank, rank)
+    else:
+        for part in tl.static_range(GRAM_PARTS):
+            high = narrow(products.to(tl.float32), tl.bfloat16, False)
+            put(gram + part * rank * rank, high, i, j, rank, 1, rank, rank)
+            products -= high.to(tl.float64)
     if tl.program_id(0) == 0:
         tl.store(offset + j, biases.to(tl.float32), mask=j < rank)
 
@@ -51,7 +62,7 @@ def encode(
     ACTIVATION: tl.constexpr, JOINT: tl.constexpr, TIED: tl.constexpr,
     HAS_ENCODER_BIAS: tl.constexpr, HAS_DECODER_BIAS: tl.constexpr,
     STORE: tl.constexpr, STORE_WIDE: tl.constexpr,
-    DIRECT_BELOW: tl.constexpr, TF32: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    DIRECT_BELOW: tl.constexpr, TF32: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of ROWS rows. JOINT: the target is X. A DIRECT_BELOW of 0 leaves the direct form out."""
@@ -97,9 +108,10 @@ def encode(
     u += vector(encoder_bias, k, rank, HAS_ENCODER_BIAS)[None, :]
     # Rows past the end are zero, and would else count as rows that hold the biases.
     z = tl.where((n < rows)[:, None], activate(u, ACTIVATION), 0.0)
-    g = matrix(gram, k, k, rank, 1, rank, rank, False)
-    e = dot(z, g, -q, EXACT)
-    loss = tl.sum(squares) + tl.sum(tl.sum(z * (e - q), axis=1).to(tl.float64))
+    # Q ends as where E begins: kept beside it, it would take registers that wide codes have not got.
+    loss = tl.sum(squares) - tl.sum(tl.sum(z * q, axis=1).to(tl.float64))
+    e = times_gram(z, gram, k, rank, -q)
+    loss += tl.sum(tl.sum(z * e, axis=1).to(tl.float64))
     if DIRECT_BELOW > 0:
         direct = loss < DIRECT_BELOW * tl.sum(energy)
         if direct:
@@ -110,10 +122,10 @@ def encode(
                 t_tile = matrix(target, n, d, target_row, target_column, rows, out_features, TF32)
                 weight = matrix(decoder, d, k, decoder_row, decoder_column, out_features, rank, TF32)
                 bias = vector(decoder_bias, d, out_features, HAS_DECODER_BIAS)
-                residual = dot(z, tl.trans(weight), bias[None, :] - t_tile, EXACT)
+                residual = dot(z, tl.trans(weight), bias[None, :] - t_tile, "ieee")
                 residual = tl.where((n < rows)[:, None], residual, 0.0)
                 loss += tl.sum(tl.sum(residual * residual, axis=1).to(tl.float64))
-                e = dot(residual, weight, e, EXACT)
+                e = dot(residual, weight, e, "ieee")
         tl.store(direct_tiles + tile, direct.to(tl.int32))
     tl.store(losses + tile, loss)
     if STORE or STORE_WIDE:
@@ -126,6 +138,25 @@ def encode(
         if STORE_WIDE:
             put(wide_code, z, n, k, rank, 1, rows, rank)
             put(wide_slope, du, n, k, rank, 1, rows, rank)
+
+
+@triton.jit
+def times_gram(z, gram, k, rank, acc):
+    """``acc + z G``, with no digit of float32 lost.
+
+    With G in bfloat16 parts, so is Z: six products on the matrix unit leave out 2⁻²⁴ of Z G. In loops, which the
+    compiler neither unrolls nor overlaps: registers and shared memory hold one part of each at a time.
+    """
+    if gram.dtype.element_ty == tl.float32:
+        return dot(z, matrix(gram, k, k, rank, 1, rank, rank, False), acc, "ieee")
+    rest = z
+    for part in tl.range(0, GRAM_PARTS, num_stages=1):
+        high = narrow(rest, tl.bfloat16, False)
+        for other in tl.range(0, GRAM_PARTS - part, num_stages=1):
+            g = matrix(gram + other * rank * rank, k, k, rank, 1, rank, rank, False)
+            acc = dot(high, g, acc, "ieee")
+        rest -= high.to(tl.float32)
+    return acc
 
 
 @triton.jit
