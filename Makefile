@@ -56,12 +56,12 @@ bench-compress: $(INSTALLED)
 gpu:
 	PYTHONPATH=. $(PYTHON) -m bench.gpu
 
-# Every Triton kernel compiled for every architecture, without a GPU.
+# Every Triton kernel compiled for every architecture, without a GPU: a quarter of an hour on two cores.
 triton-offline: $(INSTALLED)
 	PYTHONPATH=. $(BIN)/python tests/triton/offline.py
 
-# The oldest Triton that is supported, with the torch it belongs to, in an environment of its own. Its interpreter fails
-# on loops with run-time bounds under later versions of numpy.
+# The oldest Triton that is supported, with the torch it belongs to, in an environment of its own. PyPI has that torch
+# with CUDA only: 5 GB of disk. Its interpreter fails on loops with run-time bounds under later versions of numpy.
 triton36:
 	$(PYTHON) -m venv .venv-triton36
 	.venv-triton36/bin/python -m pip install --quiet "torch~=2.11.0" "triton~=3.6.0" "numpy<2.4" tqdm safetensors pytest hypothesis

@@ -12,16 +12,16 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import byol_fast as bf
 
 from . import report
-from .device import REHEARSAL, architecture, describe
+from .device import REHEARSAL, architecture, available, describe
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ("triton", "cuda", "gram")
 # Seconds for the whole run, and for one process of it.
 _TOTAL, _STAGE = 520, 240
 
@@ -40,14 +40,15 @@ def main() -> int:
 def _run() -> int:
     """All stages; the exit status is 1 if anything failed."""
     started = time.time()
-    available = [name for name in KERNELS if bf.backends()[name].available]
+    backends = available()
     result: dict[str, Any] = {
         "architecture": architecture(),
         "machine": describe(),
         "backends": {name: str(status) for name, status in bf.backends().items()},
         "probes": {}, "checks": {}, "times": {}, "failures": [],
     }  # fmt: skip
-    stages = ["probes", *(f"checks {name}" for name in available), "times " + " ".join(available)]
+    sanitized = ["sanitize"] if "cuda" in backends else []
+    stages = ["probes", *(f"checks {name}" for name in backends), *sanitized, "times " + " ".join(backends)]
     for place, stage in enumerate(stages):
         left = started + _TOTAL - time.time()
         # The times come last and take what is left; the others may not starve them.
@@ -83,7 +84,8 @@ def _text(output: bytes | str | None) -> str:
 def _stage(stage: str, until: float) -> None:
     """Runs in a process of its own; reports each finding at once, so that a crash loses only what comes after."""
     kind, *names = stage.split()
-    {"probes": _probes, "checks": _checks, "times": _times}[kind](names, until)
+    available()
+    {"probes": _probes, "checks": _checks, "sanitize": _sanitize, "times": _times}[kind](names, until)
 
 
 def _report(kind: str, what: str, compute: Callable[[], Any], **more: Any) -> None:
@@ -114,6 +116,16 @@ def _checks(names: list[str], until: float) -> None:
             if time.time() > until:
                 check = _no_time
             _report("check", name, check, backend=backend, classes=sorted(classes))
+
+
+def _sanitize(names: list[str], until: float) -> None:
+    from .checks import every_class
+    from .sanitize import TOOLS, sanitize
+
+    for place, tool in enumerate(TOOLS):
+        seconds = (until - time.time()) / (len(TOOLS) - place)
+        check = partial(sanitize, tool, seconds) if seconds > 1 else _no_time
+        _report("check", f"compute-sanitizer, {tool}", check, backend="cuda", classes=sorted(every_class()))
 
 
 def _no_time() -> None:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
 import torch
+from cuda_emulator import COMPILER, ROOT, build, load
 
+import byol_fast as bf
 from byol_fast.backends import verified
+from byol_fast.backends.cuda import Cuda
 
 REHEARSAL = not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if REHEARSAL else "cuda")
+
+
+def available() -> list[str]:
+    """The backends with kernels for this device; in a rehearsal the CUDA kernels are emulated, given a compiler."""
+    if REHEARSAL and shutil.which(COMPILER) is not None:
+        emulated = Cuda(load(build(ROOT / "build" / "emulated")), None, "cpu")
+        sys.modules["byol_fast.backends"]._REGISTRY["cuda"] = emulated  # type: ignore[attr-defined]
+    return [name for name in ("triton", "cuda", "gram") if bf.backends()[name].available]
 
 
 def architecture() -> str:

@@ -1,6 +1,6 @@
 """``python -m bench.gpu.sanitize``: the CUDA kernels on small sizes under each tool of compute-sanitizer.
 
-Exits with 1 if a tool finds an error or a result is far from the reference's, with 2 where it can run on nothing.
+Exits with 1 if a tool finds an error, a result is far from the reference's, or there is nothing to run.
 """
 
 from __future__ import annotations
@@ -15,30 +15,55 @@ import torch
 import byol_fast as bf
 from byol_fast import reference
 
+from .device import DEVICE, REHEARSAL, available
+
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Rows, features, rank: ragged, in whole tiles, and, in half precision, of one and of two blocks of a cluster.
 SHAPES = [(70, 83, 13), (129, 64, 64), (65, 131, 100), (130, 256, 32), (130, 520, 32)]
+if REHEARSAL:
+    SHAPES = [(33, 35, 5), (65, 72, 8)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def main() -> int:
     if "--child" in sys.argv:
+        available()
         return _child()
-    tool = shutil.which("compute-sanitizer")
-    status = bf.backends()["cuda"]
-    if tool is None or not status.available:
-        print(f"nothing to sanitize: compute-sanitizer is {tool or 'not installed'}, cuda is {status}", file=sys.stderr)
-        return 2
-    failed = [name for name in TOOLS if _under(tool, name)]
-    print(f"failed: {', '.join(failed)}" if failed else "no tool found an error")
+    failed = [words for words in map(_error, TOOLS) if words is not None]
+    print("\n".join(failed or ["no tool found an error"]))
     return 1 if failed else 0
 
 
-def _under(tool: str, name: str) -> int:
-    print(f"{name}:", flush=True)
-    command = [tool, f"--tool={name}", "--error-exitcode=1", sys.executable, "-m", "bench.gpu.sanitize", "--child"]
-    return subprocess.run(command, cwd=ROOT).returncode
+def _error(tool: str) -> str | None:
+    try:
+        sanitize(tool)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def sanitize(tool: str, seconds: float | None = None) -> None:
+    """Runs the kernels under a tool, or, in a rehearsal, under none.
+
+    Raises:
+        RuntimeError: it found an error or did not finish, or there is no compute-sanitizer or nothing to run under it.
+    """
+    status = bf.backends()["cuda"]
+    if not status.available:
+        raise RuntimeError(f"there is nothing to sanitize: cuda is {status}")
+    command = [sys.executable, "-m", "bench.gpu.sanitize", "--child"]
+    if not REHEARSAL:
+        found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+        if not Path(found).exists():
+            raise RuntimeError("compute-sanitizer is not installed")
+        command = [found, f"--tool={tool}", "--error-exitcode=1", *command]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{tool}: not finished in {seconds:.0f} s") from None
+    if done.returncode:
+        raise RuntimeError(f"{tool}: {(done.stdout + done.stderr).strip()[-1500:] or f'exit status {done.returncode}'}")
 
 
 def _child() -> int:
@@ -48,7 +73,7 @@ def _child() -> int:
     for dtype in DTYPES:
         for rows, features, rank in SHAPES:
             tensors = [
-                torch.randn(*size, device="cuda", dtype=dtype).requires_grad_()
+                torch.randn(*size, device=DEVICE, dtype=dtype).requires_grad_()
                 for size in ((rows, features), (rank, features), (features, rank), (rank,), (features,))
             ]
             for operation in ("bottleneck_mse_loss", "bottleneck"):
