@@ -150,11 +150,9 @@ def launches(dtype: str, rank: int) -> dict[str, Launched]:
 
     x, encoder, decoder = tensor(4096, 1024), tensor(rank, 1024), tensor(1024, rank)
     encoder_bias, decoder_bias, code, scale = tensor(rank), tensor(1024), torch.empty(4096, rank), torch.empty(())
-    biases = (encoder_bias, decoder_bias)
-    weights = (encoder, decoder, *biases)
+    weights = (encoder, decoder, encoder_bias, decoder_bias)
     operations: dict[str, Callable[[], object]] = {
         "step": lambda: launch.step(x, None, *weights, "gelu", True, False),
-        "tied": lambda: launch.step(x, None, encoder, None, *biases, "gelu", True, False),
         "loss": lambda: launch.step(x, None, *weights, "gelu", False, False),
         "layer": lambda: launch.forward(x, *weights, "gelu", True, True),
         "layer_backward": lambda: launch.backward(x, x, encoder, decoder, code, "gelu", True, True, True),
@@ -171,15 +169,15 @@ def launches(dtype: str, rank: int) -> dict[str, Launched]:
     finally:
         launch._run = run
     # Variations of which the step has the larger one.
-    for name in ("tied.prepare", "tied.collect", "tied.finish", "loss.prepare", "loss.encode"):
+    for name in ("loss.prepare", "loss.encode"):
         del recorded[name]
     return recorded
 
 
 def builds(architectures: tuple[str, ...]) -> Iterator[Build]:
     """Every kernel × dtype × rank × architecture; what does not depend on the dtype or the rank, once."""
-    for dtype, rank, kernel in _kernels():
-        yield from (Build(architecture, dtype, rank, kernel) for architecture in architectures)
+    for architecture in architectures:
+        yield from (Build(architecture, dtype, rank, kernel) for dtype, rank, kernel in _kernels())
 
 
 def covering() -> Iterator[Build]:
