@@ -15,7 +15,6 @@ struct ClusterTile {
   static constexpr int kBox = 64;                       // columns of one TMA copy: 128 bytes, the width of the swizzle
   static constexpr int kBoxBytes = kRows * kBox * 2;
   static constexpr int kStages = 2;
-  static constexpr int kFreshTiles = 4096 / kRows;      // after which the sums in registers begin afresh
   static constexpr int kMaxCluster = 16;
 
   // Shared memory, in bytes from its beginning.
