@@ -149,14 +149,15 @@ def times_gram(z, gram, k, rank, acc):
     """
     if gram.dtype.element_ty == tl.float32:
         return dot(z, matrix(gram, k, k, rank, 1, rank, rank, False), acc, "ieee")
-    rest = z
-    for part in tl.range(0, GRAM_PARTS, num_stages=1):
-        high = narrow(rest, tl.bfloat16, False)
-        for other in tl.range(0, GRAM_PARTS - part, num_stages=1):
-            g = matrix(gram + other * rank * rank, k, k, rank, 1, rank, rank, False)
-            acc = dot(high, g, acc, "ieee")
-        rest -= high.to(tl.float32)
-    return acc
+    else:
+        rest = z
+        for part in tl.range(0, GRAM_PARTS, num_stages=1):
+            high = narrow(rest, tl.bfloat16, False)
+            for other in tl.range(0, GRAM_PARTS - part, num_stages=1):
+                g = matrix(gram + other * rank * rank, k, k, rank, 1, rank, rank, False)
+                acc = dot(high, g, acc, "ieee")
+            rest -= high.to(tl.float32)
+        return acc
 
 
 @triton.jit
