@@ -11,6 +11,7 @@ optimum of a denoising autoencoder of which a share of the inputs is dropped (St
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from .nn import Bottleneck
 from .phases import PretrainResult, pretrain
 from .rows import csr_rows_at
-from .svd import checked_rank
+from .svd import checked_rank, truncated_svd
 
 __all__ = ["Recommendations", "Recommender"]
 
@@ -75,13 +76,17 @@ class Recommender:
         self.rank, self.tied = rank, tied
         self.user_power, self.item_power, self.shrinkage = user_power, item_power, shrinkage
 
-    def fit(self, users: Ids, items: Ids, values: Tensor | None = None, **options: Any) -> PretrainResult:
+    def fit(
+        self, users: Ids, items: Ids, values: Tensor | None = None, *, method: str = "exact", **options: Any
+    ) -> PretrainResult:
         """Train on interactions; those of the same user and item are added up.
 
         Args:
             users, items: ids, ``[n]``, integers.
             values: ``[n]``; None means 1 each.
-            options: of :func:`byol_fast.pretrain`, its ``method`` among them.
+            method: ``"exact"``, the truncated SVD of the sparse matrix (:func:`byol_fast.truncated_svd`), which takes
+                no options; or ``"joint"`` or ``"alternate"`` of :func:`byol_fast.pretrain`.
+            options: of ``pretrain``.
 
         Raises:
             TypeError, ValueError: sizes or dtypes do not fit; the message names the argument.
@@ -101,7 +106,7 @@ class Recommender:
         user_scale, item_scale = self._scales()
         scaled = _with_values(self.interactions, _scaled(self.interactions, user_scale, item_scale))
         layer = Bottleneck(shape[1], rank, bias=False, tied=self.tied)
-        result = pretrain(layer, scaled, **options)
+        result = _solve(layer, scaled, options) if method == "exact" else pretrain(layer, scaled, method=method, **options)
         self.layer = self._in_scale_of_items(layer, scaled, item_scale)
         return result
 
@@ -171,6 +176,20 @@ class Recommender:
         encoder, decoder = kept[:, None] * (axes.T @ encoder), basis @ axes
         folded = Bottleneck(layer.in_features, layer.rank, bias=False)
         return folded.assign_(encoder * item_scale, decoder / item_scale[:, None], None, None)
+
+
+@torch.no_grad()
+def _solve(layer: Bottleneck, matrix: Tensor, options: dict[str, Any]) -> PretrainResult:
+    """Set the layer to its optimum, the right singular vectors, for which nothing of items × items is made."""
+    if options:
+        raise TypeError(f'options: expected none with method "exact", got {", ".join(options)}')
+    begin = time.perf_counter()
+    factors = truncated_svd(matrix, layer.rank)
+    layer.assign_(factors.Vh, factors.Vh.T, None, None)
+    energy = float(torch.linalg.vector_norm(matrix.values(), dtype=torch.float64)) ** 2
+    loss = factors.error**2 * energy / (matrix.shape[0] * matrix.shape[1])
+    row = {"epoch": 1, "loss": loss, "seconds": time.perf_counter() - begin}
+    return PretrainResult(layer, "exact", [row])
 
 
 def _checked_ids(name: str, ids: Ids) -> Tensor:

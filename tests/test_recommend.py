@@ -111,6 +111,16 @@ def test_a_user_with_few_items_left_gets_a_short_list():
     assert model.recommend([], 2).items.shape == (0, 2)
 
 
+def test_the_loss_of_exact_training_is_that_of_the_layer(interactions):
+    model = bf.Recommender(4, user_power=0, item_power=0, shrinkage=0)
+    result = model.fit(*interactions)
+    eager, truth = (
+        torch.nn.functional.mse_loss(model.layer.to(dtype)(dense(interactions, dtype)), dense(interactions, dtype))
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert_contract(torch.tensor(result.loss), eager.detach(), truth.detach(), "loss")
+
+
 def test_repeated_interactions_add_up():
     model = bf.Recommender(1)
     model.fit([5, 5, 4], [3, 3, 2], torch.tensor([1.0, 2.0, 4.0]))
@@ -127,6 +137,8 @@ def test_bad_input_is_told():
         model.fit([1, 2], [1, 2, 3])
     with pytest.raises(ValueError, match=r"rank: expected 1 ≤ rank ≤ min\(users, items\) = 1, got 2"):
         model.fit([1], [1])
+    with pytest.raises(TypeError, match='options: expected none with method "exact", got epochs'):
+        model.fit([1, 2, 3], [1, 2, 3], epochs=3)
     model.fit([1, 2, 3], [1, 2, 3])
     with pytest.raises(ValueError, match="users: expected ids that were trained on, got 9"):
         model.recommend([1, 9], 1)

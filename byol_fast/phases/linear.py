@@ -13,7 +13,14 @@ from ..pca import StreamingPCA
 from . import processes
 from .batches import Batches
 
-__all__ = ["alternate_", "best_loss", "has_covariance", "principal_components", "set_optimum_", "start_at_optimum_"]
+__all__ = [
+    "alternate_",
+    "best_loss",
+    "has_certificate",
+    "principal_components",
+    "set_optimum_",
+    "start_at_optimum_",
+]
 
 # Keeps singular Gram matrices solvable; relative to their mean eigenvalue.
 _RIDGE = 1e-10
@@ -25,17 +32,25 @@ _WARM_RIDGE = 1e-6
 
 def principal_components(module: Bottleneck, batches: Batches, progress: bool) -> StreamingPCA:
     """The principal components of all rows in all processes, from one pass; from two where the features are many."""
-    features = module.in_features
-    pca = StreamingPCA(features, rank=min(module.rank, features), device=module.encoder.weight.device)
+    pca = _nothing_read(module)
     _read(pca, batches, progress)
-    if not has_covariance(pca):
+    if not _has_covariance(pca):
         pca = pca.next_pass()
         _read(pca, batches, progress)
     return pca
 
 
-def has_covariance(pca: StreamingPCA) -> bool:
-    """Whether there is a certificate, which needs the covariance."""
+def has_certificate(module: Bottleneck) -> bool:
+    """Whether the features are few enough for their covariance, which a certificate needs."""
+    return _has_covariance(_nothing_read(module))
+
+
+def _nothing_read(module: Bottleneck) -> StreamingPCA:
+    features = module.in_features
+    return StreamingPCA(features, rank=min(module.rank, features), device=module.encoder.weight.device)
+
+
+def _has_covariance(pca: StreamingPCA) -> bool:
     return pca.explain().method == "covariance"
 
 
@@ -118,7 +133,7 @@ def start_at_optimum_(module: Bottleneck, pca: StreamingPCA, batches: Batches) -
     if module.encoder.bias is None:
         shift = torch.zeros_like(shift)
     module.assign_(scale * axes, axes.T, shift - scale * axes @ mean, mean - axes.T @ shift)
-    if not module.tied and has_covariance(pca):
+    if not module.tied and _has_covariance(pca):
         _fit_decoder_(module, batches)
 
 

@@ -13,7 +13,7 @@ from ..nn import Bottleneck
 from ..pca import StreamingPCA, certificate
 from . import processes
 from .batches import Batches, Data, training_and_validation
-from .linear import alternate_, best_loss, has_covariance, principal_components, set_optimum_, start_at_optimum_
+from .linear import alternate_, best_loss, has_certificate, principal_components, set_optimum_, start_at_optimum_
 from .loop import History, Loop, MakeOptimizer, MakeScheduler, Options, Row, last
 
 __all__ = ["PretrainResult", "pretrain"]
@@ -32,7 +32,8 @@ class PretrainResult:
             ``loss`` (mean over the epoch's batches; for ``exact`` and exact half-steps: of the result), ``lr``,
             ``validation_loss``, ``certificate`` and ``seconds`` where there are such.
         pca: the principal components of the training rows, with their yield curve, where they were computed: for a
-            bottleneck that reconstructs its input and is linear or started from the best linear one.
+            bottleneck that reconstructs its input and is linear or started from the best linear one; not for ``joint``
+            where the features are too many for a certificate.
     """
 
     module: nn.Module
@@ -208,11 +209,14 @@ def _pretrain_linear(
 ) -> PretrainResult:
     """With the optimum known from the start."""
     begin = time.perf_counter()
-    pca = principal_components(module, train, options.progress)
-    certified = has_covariance(pca)
+    certified = has_certificate(module)
     if not certified and (stop_at is not None or method == "alternate"):
         name = "stop_at" if stop_at is not None else "method"
         raise ValueError(f"{name}: expected few enough features for their covariance, got {module.in_features}")
+    if method == "joint" and not certified:
+        # Nothing that principal components say is needed, and they take longer than an epoch.
+        return PretrainResult(module, method, _loop(module, method, options).run(train, held_out))
+    pca = principal_components(module, train, options.progress)
 
     def measure() -> Row:
         return {"certificate": certificate(module, pca)} if certified else {}
