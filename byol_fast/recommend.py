@@ -98,15 +98,15 @@ class Recommender:
                 "users, items, values: expected the same number n ≥ 1 of each, "
                 f"got {len(users)}, {len(items)} and {len(values)}"
             )
-        self.user_ids, rows = users.unique(return_inverse=True)
-        self.item_ids, columns = items.unique(return_inverse=True)
-        shape = (len(self.user_ids), len(self.item_ids))
+        self.user_ids, self.item_ids, self.interactions = _matrix(users, items, values)
+        shape = self.interactions.shape
         rank = checked_rank(self.rank, min(shape), "min(users, items)")
-        self.interactions = _csr(rows, columns, values, shape)
         user_scale, item_scale = self._scales()
         scaled = _with_values(self.interactions, _scaled(self.interactions, user_scale, item_scale))
         layer = Bottleneck(shape[1], rank, bias=False, tied=self.tied)
-        result = _solve(layer, scaled, options) if method == "exact" else pretrain(layer, scaled, method=method, **options)
+        result = (
+            _solve(layer, scaled, options) if method == "exact" else pretrain(layer, scaled, method=method, **options)
+        )
         self.layer = self._in_scale_of_items(layer, scaled, item_scale)
         return result
 
@@ -210,12 +210,16 @@ def _found(name: str, ids: Ids, known: Tensor) -> Tensor:
     return places
 
 
-def _csr(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """CSR by way of one number for each place, which keeps sorting in memory small."""
+def _matrix(users: Tensor, items: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids of rows and of columns, and the CSR matrix, by one number for each place, which keeps sorting small."""
+    user_ids, rows = users.unique(return_inverse=True)
+    item_ids, columns = items.unique(return_inverse=True)
+    shape = (len(user_ids), len(item_ids))
     places, which = (rows * shape[1] + columns).unique(return_inverse=True)
     sums = values.new_zeros(len(places)).index_add_(0, which, values)
     pointers = torch.cat((rows.new_zeros(1), (places // shape[1]).bincount(minlength=shape[0]).cumsum(0)))
-    return torch.sparse_csr_tensor(pointers, places % shape[1], sums, size=shape, check_invariants=False)
+    matrix = torch.sparse_csr_tensor(pointers, places % shape[1], sums, size=shape, check_invariants=False)
+    return user_ids, item_ids, matrix
 
 
 def _scaled(matrix: Tensor, row_scale: Tensor, column_scale: Tensor) -> Tensor:

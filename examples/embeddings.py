@@ -51,13 +51,11 @@ def tokenized(tokenizer: object, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def embeddings(encoder: Encoder, tokenizer: object, texts: Sequence[str]) -> Tensor:
-    """``[N, 384]``; texts of like length share a batch, so little is padded. In bfloat16, to save time."""
+    """``[N, 384]``; texts of like length share a batch, so little is padded."""
     result = torch.empty(len(texts), 384)
     order = torch.tensor([len(text) for text in texts]).argsort()
     for part in order.split(_BATCH):
-        words = tokenized(tokenizer, [texts[index] for index in part.tolist()])
-        with torch.autocast("cpu", torch.bfloat16):
-            result[part] = encoder(*words).float()
+        result[part] = encoder(*tokenized(tokenizer, [texts[index] for index in part.tolist()]))
     return result
 
 

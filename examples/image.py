@@ -13,18 +13,21 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 import byol_fast as bf
 
 from . import data
-from .report import Row, arguments, cost_of, finish
+from .report import Row, Tables, arguments, cost_of, finish
 
 HIDDEN = 256
+ADAM = functools.partial(torch.optim.Adam, lr=2e-3)
 
 
 def flat(images: data.Images) -> tuple[Tensor, Tensor]:
@@ -72,9 +75,8 @@ def accuracy_deployed(model: nn.Module, test: tuple[Tensor, Tensor]) -> tuple[fl
 
 def autoencoders(train: Tensor, rank: int, epochs: int) -> dict[str, tuple[bf.PretrainResult, float]]:
     """Linear ones, in closed form and by gradients, and a non-linear one."""
-    adam = functools.partial(torch.optim.Adam, lr=2e-3)
     schedule = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=epochs)
-    descent = {"method": "joint", "epochs": epochs, "optimizer": adam, "scheduler": schedule, "progress": False}
+    descent = {"method": "joint", "epochs": epochs, "optimizer": ADAM, "scheduler": schedule, "progress": False}
     results = {}
     for name, activation, options in (
         ("linear, exact", "identity", {"method": "exact", "progress": False}),
@@ -88,10 +90,12 @@ def autoencoders(train: Tensor, rank: int, epochs: int) -> dict[str, tuple[bf.Pr
     return results
 
 
-def eager_and_fused(train: Tensor, rank: int, batch: int, epochs: int) -> tuple[list[Row], dict[str, list[float]]]:
+def eager_and_fused(
+    train: Tensor, rank: int, tied: bool, batch: int, epochs: int
+) -> tuple[Row, dict[str, list[float]]]:
     """The same layer, batches and optimiser; only the loss is computed differently."""
     torch.manual_seed(0)
-    start = bf.Bottleneck(train.shape[1], rank)
+    start = bf.Bottleneck(train.shape[1], rank, tied=tied)
     batches = train[: len(train) // batch * batch].split(batch)
 
     def eager(layer: bf.Bottleneck, x: Tensor) -> Tensor:
@@ -102,7 +106,7 @@ def eager_and_fused(train: Tensor, rank: int, batch: int, epochs: int) -> tuple[
 
     def run(loss_of: Callable[[bf.Bottleneck, Tensor], Tensor]) -> list[float]:
         layer = copy.deepcopy(start)
-        optimizer = torch.optim.Adam(layer.parameters(), lr=1e-3)
+        optimizer = torch.optim.Adam(layer.parameters(), lr=1e-3, fused=True)
         losses = []
         for x in list(batches) * epochs:
             loss = loss_of(layer, x)
@@ -112,61 +116,88 @@ def eager_and_fused(train: Tensor, rank: int, batch: int, epochs: int) -> tuple[
             losses.append(loss.detach())
         return [float(loss) for loss in losses]
 
-    rows, curves = [], {}
-    for name, loss_of in (("eager PyTorch", eager), ("fused", fused)):
+    row: Row = {"layer": f"rank {rank}{', tied' if tied else ''}", "batch": batch}
+    curves = {}
+    for name, loss_of in (("eager", eager), ("fused", fused)):
+        # Once for threads and memory to be there.
         run(loss_of)
         curves[name], cost = cost_of(functools.partial(run, loss_of))
-        rows.append({"training": f"{name}, rank {rank}, batches of {batch}", "seconds": cost.seconds, "MiB": cost.mib})
-    ours, theirs = torch.tensor(curves["fused"]), torch.tensor(curves["eager PyTorch"])
-    rows[1]["speed-up"] = rows[0]["seconds"] / rows[1]["seconds"]
-    rows[1]["largest relative difference of a loss"] = float(((ours - theirs) / theirs).abs().max())
-    return rows, curves
+        row |= {f"{name}, seconds": cost.seconds, f"{name}, MiB": cost.mib}
+    ours, theirs = torch.tensor(curves["fused"]), torch.tensor(curves["eager"])
+    row["speed-up"] = row["eager, seconds"] / row["fused, seconds"]
+    row["largest relative difference of a loss"] = float(((ours - theirs) / theirs).abs().max())
+    return row, curves
+
+
+def tuning(epochs: int) -> Row:
+    return {"loss": F.cross_entropy, "epochs": epochs, "batch_size": 512, "optimizer": ADAM, "progress": False}
 
 
 def classifiers(train: tuple, test: tuple, layers: dict[str, bf.Bottleneck], rank: int, epochs: int) -> list[Row]:
     """A classifier on pixels, on principal components, and on the codes of frozen bottlenecks."""
-    from sklearn.decomposition import PCA
 
-    adam = functools.partial(torch.optim.Adam, lr=2e-3)
-    options = {"loss": F.cross_entropy, "epochs": epochs, "batch_size": 512, "optimizer": adam, "progress": False}
-    pixels = nn.Sequential(*classifier(train[0].shape[1]))
-    cost = cost_of(lambda: bf.finetune(pixels, train, **options))[1]
+    def trained(name: str, inputs: tuple[Tensor, Tensor]) -> tuple[nn.Sequential, Row]:
+        head = nn.Sequential(*classifier(inputs[0].shape[1]))
+        cost = cost_of(lambda: bf.finetune(head, (inputs[0], train[1]), **tuning(epochs)))[1]
+        right = accuracy(head, (inputs[1], test[1]))
+        return head, {"classifier on": name, "inputs": inputs[0].shape[1], "seconds": cost.seconds, "accuracy": right}
 
-    def row(name: str, inputs: int, seconds: float, accuracy: float) -> Row:
-        return {"classifier on": name, "inputs": inputs, "seconds": seconds, "accuracy": accuracy}
-
-    rows = [row("pixels", train[0].shape[1], cost.seconds, accuracy(pixels, test))]
-
+    rows = [trained("pixels", (train[0], test[0]))[1]]
     pca = PCA(rank, svd_solver="covariance_eigh").fit(train[0].numpy())
-    codes, test_codes = (torch.from_numpy(pca.transform(x.numpy())).float() for x in (train[0], test[0]))
-    plain = nn.Sequential(*classifier(rank))
-    cost = cost_of(lambda: bf.finetune(plain, (codes, train[1]), **options))[1]
-    rows.append(row("scikit-learn PCA", rank, cost.seconds, accuracy(plain, (test_codes, test[1]))))
-
+    components = tuple(torch.from_numpy(pca.transform(x.numpy())).float() for x in (train[0], test[0]))
+    rows.append(trained("scikit-learn PCA", components)[1])
     for name, layer in layers.items():
-        model = nn.Sequential(layer, *classifier(train[0].shape[1]))
-        again = copy.deepcopy(model)
-        uncached = cost_of(lambda again=again: bf.finetune(again, train, **options))[1]
-
-        def cached(model: nn.Sequential = model) -> None:
-            head, codes = bf.cache_codes(model, train[0])
-            bf.finetune(head, (codes, train[1]), freeze="none", **options)
-
-        cost = cost_of(cached)[1]
-        deployed, size = accuracy_deployed(model, test)
         with torch.no_grad():
-            difference = float((model(test[0]) - again(test[0])).norm() / again(test[0]).norm())
+            codes = layer.encode(train[0]), layer.encode(test[0])
+        head, row = trained(f"codes, {name}", codes)
+        # What is deployed: the encoder, frozen all along, and what was trained behind it.
+        activation = [] if layer.activation == "identity" else [nn.GELU()]
+        model = nn.Sequential(layer.encoder, *activation, *head)
+        deployed, size = accuracy_deployed(model, test)
+        rows.append({**row, "deployed": deployed, "file, KiB": size / 1024})
+    return rows
+
+
+def latent_cache(train: tuple, test: tuple, layer: bf.Bottleneck, epochs: int) -> list[Row]:
+    """A classifier on what a frozen bottleneck reconstructs, whose decoder is folded into it: cached, and not."""
+    rows = []
+    for dtype, activation in ((torch.float32, nn.ReLU), (torch.float32, nn.GELU), (torch.float64, nn.ReLU)):
+        head = classifier(train[0].shape[1])
+        head[1] = activation()
+        inputs, asked = train[0].to(dtype), test[0].to(dtype)
+        cached = nn.Sequential(copy.deepcopy(layer), *head).to(dtype)
+        uncached = copy.deepcopy(cached)
+
+        def run_cached(model: nn.Sequential = cached, inputs: Tensor = inputs) -> bf.FinetuneResult:
+            head, codes = bf.cache_codes(model, inputs)
+            return bf.finetune(head, (codes, train[1]), freeze="none", **tuning(epochs))
+
+        def run(model: nn.Sequential = uncached, inputs: Tensor = inputs) -> bf.FinetuneResult:
+            return bf.finetune(model, (inputs, train[1]), **tuning(epochs))
+
+        (ours, cost), (theirs, whole) = cost_of(run_cached), cost_of(run)
+        with torch.no_grad():
+            logits, truth = cached(asked), uncached(asked)
         rows.append(
             {
-                **row(f"codes, {name}", rank, cost.seconds, accuracy(model, test)),
-                "deployed": deployed,
-                "file, KiB": size / 1024,
-                "seconds, uncached": uncached.seconds,
-                "cache's speed-up": uncached.seconds / cost.seconds,
-                "relative difference of logits": difference,
+                "classifier": f"{activation.__name__}, {str(dtype).removeprefix('torch.')}",
+                "seconds, uncached": whole.seconds,
+                "seconds, cached": cost.seconds,
+                "speed-up": whole.seconds / cost.seconds,
+                "difference of losses, first epoch": difference(ours.history[0]["loss"], theirs.history[0]["loss"]),
+                "last epoch": difference(ours.history[-1]["loss"], theirs.history[-1]["loss"]),
+                "of logits": difference(logits, truth),
+                "accuracy, uncached": accuracy(uncached, (asked, test[1])),
+                "cached": accuracy(cached, (asked, test[1])),
             }
         )
     return rows
+
+
+def difference(ours: Tensor | float, theirs: Tensor | float) -> float:
+    """Relative."""
+    ours, theirs = (torch.as_tensor(x, dtype=torch.float64) for x in (ours, theirs))
+    return float((ours - theirs).norm() / theirs.norm())
 
 
 def compressed() -> list[Row]:
@@ -189,39 +220,49 @@ def compressed() -> list[Row]:
 
 
 def main() -> None:
-    options = arguments("image", __doc__.splitlines()[0])
+    titles = ("autoencoders", "classifiers", "latent cache", "eager and fused", "compressed network")
+    options = arguments("image", __doc__.splitlines()[0], titles)
     train, test = digits() if options.embedded else map(flat, data.fashion_mnist())
-    rank, epochs = (16, 20) if options.embedded else (64, 8)
-    results = autoencoders(train[0], rank, epochs)
-    pca = bf.StreamingPCA(train[0].shape[1]).partial_fit(train[0])
-    best = pca.curve().error_at(rank)
-    losses = [
-        {
-            "autoencoder": f"{name}, rank {rank}",
-            "loss": (loss := loss_over(result.module, train[0])),
-            "loss / Eckart-Young": loss / best,
-            "loss, test": loss_over(result.module, test[0]),
-            "seconds": seconds,
-        }
-        for name, (result, seconds) in results.items()
-    ]
-    layers = {name: result.module for name, (result, _) in results.items() if name != "linear, joint"}
-    speed, curves = eager_and_fused(train[0], rank, 512 if options.embedded else 8192, 3)
-    tables = {
-        "autoencoders": losses,
-        "classifiers": classifiers(train, test, layers, rank, epochs),
-        "eager and fused": speed,
-    }
+    rank, epochs, batch = (16, 20, 512) if options.embedded else (64, 8, 8192)
+    curves: dict[str, list[float]] = {}
 
-    if not options.embedded:
-        tables["compressed network"] = compressed()
+    @functools.cache
+    def trained() -> dict[str, tuple[bf.PretrainResult, float]]:
+        return autoencoders(train[0], rank, epochs)
 
-    def draw(plt: object) -> None:
+    def layers() -> dict[str, bf.Bottleneck]:
+        return {name: result.module for name, (result, _) in trained().items() if name != "linear, joint"}
+
+    @functools.cache
+    def best() -> float:
+        return bf.StreamingPCA(train[0].shape[1]).partial_fit(train[0]).curve().error_at(rank)
+
+    def losses(_: Tables) -> list[Row]:
+        return [
+            {
+                "autoencoder": f"{name}, rank {rank}",
+                "loss": (loss := loss_over(result.module, train[0])),
+                "loss / Eckart-Young": loss / best(),
+                "loss, test": loss_over(result.module, test[0]),
+                "seconds": seconds,
+            }
+            for name, (result, seconds) in trained().items()
+        ]
+
+    def speeds(_: Tables) -> list[Row]:
+        rows = []
+        for size, tied in ((rank // 4, False), (rank, False), (rank, True)):
+            row, losses = eager_and_fused(train[0], size, tied, batch, 3)
+            curves[row["layer"]] = losses
+            rows.append(row)
+        return rows
+
+    def draw(plt: Any, rows: Tables) -> None:
         figure = plt.figure(figsize=(11, 5), layout="constrained")
         left, right = figure.subfigures(1, 2)
         shown, side = test[0][:8], round(test[0].shape[1] ** 0.5)
         with torch.no_grad():
-            pictures = {"original": shown, **{name: layer(shown) for name, layer in layers.items()}}
+            pictures = {"original": shown, **{name: layer(shown) for name, layer in layers().items()}}
         axes = left.subplots(len(pictures), len(shown))
         for line, (name, images) in zip(axes, pictures.items(), strict=True):
             for axis, image in zip(line, images, strict=True):
@@ -229,13 +270,22 @@ def main() -> None:
                 axis.set_axis_off()
             line[0].set_title(name, fontsize=9, loc="left")
         axis = right.subplots()
-        for (name, losses), style in zip(curves.items(), ("-", "--"), strict=True):
+        for (name, losses), style in zip(curves[f"rank {rank}"].items(), ("-", "--"), strict=True):
             axis.plot(losses, style, label=name)
-        axis.axhline(best, color="0.6", label="best possible (Eckart-Young)")
+        axis.axhline(best(), color="0.6", label="best possible (Eckart-Young)")
         axis.set(yscale="log", xlabel="step", ylabel="loss", title=f"the same training, rank {rank}")
         axis.legend()
 
-    finish("image", options, tables, {}, draw)
+    tables = {
+        "autoencoders": losses,
+        "classifiers": lambda _: classifiers(train, test, layers(), rank, epochs),
+        "latent cache": lambda _: latent_cache(train, test, layers()["linear, exact"], epochs),
+        "eager and fused": speeds,
+    }
+    if not options.embedded:
+        tables["compressed network"] = lambda _: compressed()
+    # The figure shows what all of them trained.
+    finish("image", options, tables, None if options.tables else draw)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Recommendation: a linear bottleneck on the sparse matrix of users and items, beside what else is in use.
 
 Top 10 under the protocol of the recommenders project (75 % of each user's items for training, 25 % for testing), and
-ratings on a random 80/20 split. Whatever has to be chosen is chosen on a fifth of the training data. Then the same on
+ratings on a random 80/20 split. Whatever has to be chosen is chosen on parts of the training data. Then the same on
 200,000 users and 50,000 items, in a process whose peak memory is read afterwards.
 """
 
@@ -15,19 +15,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from sklearn.decomposition import TruncatedSVD
 from torch import Tensor
 
 import byol_fast as bf
 
 from . import data
-from .report import Row, arguments, cost_of, finish
+from .report import Row, Tables, arguments, cost_of, finish
 
 K = 10
-EXACT = {"method": "exact", "progress": False}
+EXACT = {"method": "exact"}
 JOINT = {
     "method": "joint",
     "epochs": 100,
@@ -97,8 +98,6 @@ def ease(train: Tensor, penalty: float) -> Tensor:
 
 
 def plain_svd(train: Tensor, rank: int) -> Tensor:
-    from sklearn.decomposition import TruncatedSVD
-
     model = TruncatedSVD(rank, random_state=0).fit(train.numpy())
     return by_scores(torch.from_numpy(model.inverse_transform(model.transform(train.numpy()))), train)
 
@@ -114,10 +113,11 @@ def bpr(train: Tensor, rank: int) -> Tensor:
     return torch.from_numpy(model.recommend(np.arange(len(train)), sparse, K)[0]).long()
 
 
-def ours(train: Pairs, users: int, options: Row, training: Row) -> tuple[bf.Recommender, Tensor]:
+def ours(train: Pairs, users: int, training: Row = EXACT, **options: Any) -> Tensor:
+    torch.manual_seed(0)
     model = bf.Recommender(**options)
     model.fit(*train, **training)
-    return model, model.recommend(torch.arange(users), K).items
+    return model.recommend(torch.arange(users), K).items
 
 
 # --------------------------------------------------------------------------------------------------------- measures
@@ -134,57 +134,74 @@ def quality(top: Tensor, test: Tensor) -> Row:
     return {name: float(values.mean()) for name, values in measures.items()}
 
 
-def best_of(candidates: list[object], run: Callable[[object], Tensor], test: Tensor) -> object:
-    """The candidate of the highest nDCG on validation data."""
-    return max(candidates, key=lambda candidate: quality(run(candidate), test)["nDCG@10"])
+def chosen(pairs: Pairs, shape: tuple[int, int], ranks: list[int]) -> list[Row]:
+    """For each model with something to choose, what has the highest nDCG on three validation sets, and that nDCG."""
+    train, _ = pairs.parts(0.75, seed=42)
+    splits = [train.parts(0.8, seed) for seed in (7, 8, 9)]
+    seen, wanted = ([part.matrix(shape) for part in parts] for parts in zip(*splits, strict=True))
 
+    def row(model: str, candidates: list[Row], run: Callable[..., Tensor], inputs: list[object]) -> Row:
+        def ndcg(candidate: Row) -> float:
+            tops = [run(given, **candidate) for given in inputs]
+            return sum(quality(*pair)["nDCG@10"] for pair in zip(tops, wanted, strict=True)) / len(splits)
 
-def top_ten(pairs: Pairs, shape: tuple[int, int], ranks: list[int], joint: Row) -> tuple[list[Row], Row]:
-    """Rows of the table, and what was chosen."""
-    train, test = pairs.parts(0.75, seed=42)
-    smaller, validation = train.parts(0.8, seed=7)
-    seen, wanted = train.matrix(shape), test.matrix(shape)
-    seen_small, wanted_small = smaller.matrix(shape), validation.matrix(shape)
-    users, items = shape
+        best = max(candidates, key=ndcg)
+        return {"model": model, "nDCG@10": ndcg(best), **best}
 
-    penalty = best_of([100, 200, 300, 500, 700, 1000], lambda value: ease(seen_small, value), wanted_small)
-    svd_rank = best_of(ranks, lambda rank: plain_svd(seen_small, rank), wanted_small)
-    # An extra library, left out where it is not installed.
-    bpr_ranks = ranks if importlib.util.find_spec("implicit") is not None else []
-    bpr_rank = best_of(bpr_ranks, lambda rank: bpr(seen_small, rank), wanted_small) if bpr_ranks else 0
+    by_rank = [{"rank": rank} for rank in ranks]
     grid = [
         {"rank": rank, "user_power": power, "item_power": power, "shrinkage": shrinkage}
         for rank, power, shrinkage in itertools.product(ranks, (0.25, 0.5), (0.0, 1.0, 4.0))
     ]
-    chosen = best_of(grid, lambda options: ours(smaller, users, options, EXACT)[1], wanted_small)
-    tied = {**chosen, "tied": True}
-    by_rows = {**chosen, "user_power": 0.5, "item_power": 0.0}
-    rank = chosen["rank"]
+    rows = [
+        row("EASE", [{"penalty": value} for value in (100, 200, 300, 500, 700, 1000)], ease, seen),
+        row("truncated SVD", by_rank, plain_svd, seen),
+        row("bottleneck", grid, functools.partial(ours, users=shape[0]), [smaller for smaller, _ in splits]),
+    ]
+    # An extra library, left out where it is not installed.
+    if importlib.util.find_spec("implicit") is not None:
+        rows.append(row("BPR", by_rank, bpr, seen))
+    return rows
 
-    runs: dict[str, tuple[Callable[[], object], int]] = {
+
+def top_ten(pairs: Pairs, shape: tuple[int, int], choices: list[Row], joint: Row) -> list[Row]:
+    """Every model with what was chosen for it."""
+    train, test = pairs.parts(0.75, seed=42)
+    seen, wanted = train.matrix(shape), test.matrix(shape)
+    users, items = shape
+    settings = {row["model"]: {name: row[name] for name in row if name not in ("model", "nDCG@10")} for row in choices}
+    mine = settings["bottleneck"]
+    by_rows = {**mine, "user_power": 0.5, "item_power": 0.0}
+    size = 2 * mine["rank"] * items
+
+    def bottleneck(training: Row = EXACT, **options: Any) -> Callable[[], Tensor]:
+        return lambda: ours(train, users, training, **{**mine, **options})
+
+    svd, penalty = settings["truncated SVD"], settings["EASE"]["penalty"]
+    runs: dict[str, tuple[Callable[[], Tensor], int]] = {
         "popularity": (lambda: popularity(seen), items),
         "item-item cosine": (lambda: item_cosine(seen), items * items),
-        f"truncated SVD, rank {svd_rank}": (lambda: plain_svd(seen, svd_rank), svd_rank * items),
-        f"BPR, rank {bpr_rank}": (lambda: bpr(seen, bpr_rank), bpr_rank * (users + items)),
+        f"truncated SVD, rank {svd['rank']}": (lambda: plain_svd(seen, **svd), svd["rank"] * items),
         f"EASE, λ {penalty}": (lambda: ease(seen, penalty), items * items),
-        f"bottleneck, rank {rank}, exact": (lambda: ours(train, users, chosen, EXACT)[1], 2 * rank * items),
-        "the same, tied": (lambda: ours(train, users, tied, EXACT)[1], 2 * rank * items),
-        "the same, joint": (lambda: ours(train, users, chosen, joint)[1], 2 * rank * items),
-        "the same, joint, tied": (lambda: ours(train, users, tied, joint)[1], 2 * rank * items),
-        "the same, exact, rows normalised": (lambda: ours(train, users, by_rows, EXACT)[1], 2 * rank * items),
+        f"bottleneck, rank {mine['rank']}, exact": (bottleneck(), size),
+        "the same, tied": (bottleneck(tied=True), size),
+        "the same, joint": (bottleneck(joint), size),
+        "the same, joint, tied": (bottleneck(joint, tied=True), size),
+        "the same, exact, rows normalised": (bottleneck(**by_rows), size),
     }
-    if not bpr_rank:
-        del runs[f"BPR, rank {bpr_rank}"]
+    if "BPR" in settings:
+        rank = settings["BPR"]["rank"]
+        runs[f"BPR, rank {rank}"] = (lambda: bpr(seen, rank), rank * (users + items))
     rows = []
     for name, (run, numbers) in runs.items():
         top, cost = cost_of(run)
         rows.append(
             {"model": name, **quality(top, wanted), "numbers": numbers, "seconds": cost.seconds, "MiB": cost.mib}
         )
-    return rows, {"chosen on validation data": {**chosen, "EASE": penalty, "SVD": svd_rank, "BPR": bpr_rank or None}}
+    return rows
 
 
-def rating_errors(ratings: data.Ratings, shape: tuple[int, int], ranks: list[int]) -> tuple[list[Row], Row]:
+def rating_errors(ratings: data.Ratings, shape: tuple[int, int], ranks: list[int]) -> list[Row]:
     """Root mean squared error of ratings: biases of user and item, and a bottleneck on what they leave."""
     order = torch.randperm(len(ratings.users), generator=torch.Generator().manual_seed(42))
     train, test = (data.Ratings(*(x[part] for x in ratings)) for part in order.split(len(order) * 4 // 5 + 1))
@@ -209,8 +226,8 @@ def rating_errors(ratings: data.Ratings, shape: tuple[int, int], ranks: list[int
     best = min(grid, key=lambda options: error(smaller, held_out, options))
     return [
         {"model": "mean of user and item", "RMSE": error(train, test, None)},
-        {"model": f"with a bottleneck on the rest, rank {best['rank']}", "RMSE": error(train, test, best)},
-    ], best
+        {"model": "with a bottleneck on the rest", "RMSE": error(train, test, best), **best},
+    ]
 
 
 def biases(train: data.Ratings, shape: tuple[int, int], damping: float = 5.0) -> Callable[[data.Ratings], Tensor]:
@@ -240,10 +257,10 @@ def scale(users: int, items: int, per_user: int) -> None:
         where.long() % items,
     )
     report: Row = {"users": users, "items": items}
-    for method, options in (("exact", {}), ("joint", {"epochs": 1, "batch_size": 8192})):
+    for method, options in (("exact", {}), ("joint", {"epochs": 1, "batch_size": 8192, "progress": False})):
         begin = time.perf_counter()
         model = bf.Recommender(64)
-        model.fit(who, what, method=method, progress=False, **options)
+        model.fit(who, what, method=method, **options)
         report[f"{method}, seconds"] = time.perf_counter() - begin
     report["interactions"] = model.interactions.values().numel()
     begin = time.perf_counter()
@@ -262,29 +279,30 @@ def scale_in_own_process(users: int, items: int, per_user: int) -> Row:
 
 
 def main() -> None:
-    options = arguments("recommend", __doc__.splitlines()[0])
+    options = arguments("recommend", __doc__.splitlines()[0], ("chosen", "top 10", "ratings", "scale"))
     ratings = synthetic(300, 200, 40) if options.embedded else data.movielens_100k()
     users, items = (ids.unique(return_inverse=True)[1] for ids in (ratings.users, ratings.items))
     shape = (int(users.max()) + 1, int(items.max()) + 1)
     ranks = [8] if options.embedded else [16, 32, 48]
-    top, notes = top_ten(Pairs(users, items), shape, ranks, {**JOINT, "epochs": 20} if options.embedded else JOINT)
-    errors, notes["chosen for ratings"] = rating_errors(ratings._replace(users=users, items=items), shape, ranks)
+    joint = {**JOINT, "epochs": 20} if options.embedded else JOINT
+    size = (2000, 500, 20) if options.embedded else (200_000, 50_000, 50)
     tables = {
-        "top 10": top,
-        "ratings": errors,
-        "scale": [scale_in_own_process(*((2000, 500, 20) if options.embedded else (200_000, 50_000, 50)))],
+        "chosen": lambda _: chosen(Pairs(users, items), shape, ranks),
+        "top 10": lambda rows: top_ten(Pairs(users, items), shape, rows["chosen"], joint),
+        "ratings": lambda _: rating_errors(ratings._replace(users=users, items=items), shape, ranks),
+        "scale": lambda _: [scale_in_own_process(*size)],
     }
 
-    def draw(plt: object) -> None:
+    def draw(plt: Any, rows: Tables) -> None:
         _, axis = plt.subplots(figsize=(8, 5))
-        for row in top:
+        for row in rows["top 10"]:
             mine = row["model"].startswith(("bottleneck", "the same"))
             axis.scatter(row["numbers"], row["nDCG@10"], color="tab:blue" if mine else "0.5")
             axis.annotate(row["model"], (row["numbers"], row["nDCG@10"]), xytext=(5, 3), textcoords="offset points")
         axis.set(xscale="log", xlabel="numbers in the model", ylabel="nDCG@10")
         axis.grid(alpha=0.3)
 
-    finish("recommend", options, tables, notes, draw)
+    finish("recommend", options, tables, draw)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,17 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
 import byol_fast as bf
 from byol_fast.files import replacing
 
-__all__ = ["PAGES", "Cost", "Row", "arguments", "cost_of", "finish", "format_table"]
+__all__ = ["PAGES", "Cost", "Row", "Tables", "arguments", "cost_of", "finish", "format_table"]
 
 Row = dict[str, Any]
+Tables: TypeAlias = "dict[str, list[Row]]"
 _Result = TypeVar("_Result")
 _ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"image": "images.md", "text": "text.md", "recommend": "recommend.md"}
@@ -49,9 +50,15 @@ def _memory(field: str) -> float | None:
     return int(line.split()[1]) / 1024
 
 
-def arguments(name: str, description: str) -> argparse.Namespace:
+def arguments(name: str, description: str, tables: Sequence[str]) -> argparse.Namespace:
     """The command line that the examples share: ``--embedded`` needs no data from outside."""
     parser = argparse.ArgumentParser(prog=f"python -m examples.{name}", description=description)
+    parser.add_argument(
+        "tables",
+        nargs="*",
+        metavar="table",
+        help=f"make only these anew, and leave the others in the JSON file as they are: {', '.join(tables)}",
+    )
     parser.add_argument("--embedded", action="store_true", help="small data; nothing is fetched")
     parser.add_argument(
         "--output",
@@ -59,39 +66,57 @@ def arguments(name: str, description: str) -> argparse.Namespace:
         help="folder for the JSON and the figure instead of bench/results and docs",
     )
     options = parser.parse_args()
+    for table in options.tables:
+        if table not in tables:
+            parser.error(f"table: expected one of {', '.join(tables)}, got {table}")
     if options.output is None and options.embedded:
         options.output = Path("demo-output")
     return options
 
 
 def finish(
-    name: str, options: argparse.Namespace, tables: dict[str, list[Row]], notes: Row, draw: Callable[[Any], None]
+    name: str,
+    options: argparse.Namespace,
+    tables: dict[str, Callable[[Tables], list[Row]]],
+    draw: Callable[[Any, Tables], None] | None,
 ) -> None:
-    """Print the tables; write the JSON file and the figure.
+    """Make and print the tables that are wanted; write the JSON file and, once there are all tables, the figure.
 
     Args:
-        tables: rows by title.
-        notes: further numbers for the JSON file.
-        draw: draws on matplotlib's ``pyplot`` what becomes the figure.
+        tables: what makes the rows, by title, given those of the tables before.
+        draw: draws on matplotlib's ``pyplot``, from the rows of all tables, what becomes the figure; None leaves it.
     """
+    numbers = (options.output or _ROOT / "bench" / "results") / f"{name}.json"
+    picture = (options.output or _ROOT / "docs") / f"{name}.png"
+    numbers.parent.mkdir(parents=True, exist_ok=True)
+    made: Tables = json.loads(numbers.read_text())["tables"] if options.tables and numbers.exists() else {}
+    for title in options.tables or tables:
+        made[title] = tables[title](made)
+        print(f"\n{title}\n{format_table(made[title])}", flush=True)
+    rows = {title: made[title] for title in tables if title in made}
+    record = {
+        "command": f"python -m examples.{name}",
+        "machine": _machine(),
+        "tables": rows,
+    }
+    with replacing(numbers) as path:
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\nnumbers: {numbers}")
+    if draw is not None and rows.keys() == tables.keys():
+        _write_figure(picture, draw, rows)
+
+
+def _write_figure(picture: Path, draw: Callable[[Any, Tables], None], rows: Tables) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    for title, rows in tables.items():
-        print(f"\n{title}\n{format_table(rows)}")
-    numbers = (options.output or _ROOT / "bench" / "results") / f"{name}.json"
-    picture = (options.output or _ROOT / "docs") / f"{name}.png"
-    numbers.parent.mkdir(parents=True, exist_ok=True)
-    record = {"command": f"python -m examples.{name}", "machine": _machine(), "notes": notes, "tables": tables}
-    with replacing(numbers) as path:
-        path.write_text(json.dumps(record, indent=1) + "\n")
-    draw(pyplot)
+    draw(pyplot, rows)
     with replacing(picture) as path:
         pyplot.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close("all")
-    print(f"\nnumbers: {numbers}\nfigure: {picture}")
+    print(f"figure: {picture}")
 
 
 def _machine() -> Row:

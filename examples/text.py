@@ -10,16 +10,18 @@ import statistics
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
 
 import byol_fast as bf
 
 from . import data, embeddings
-from .report import Row, arguments, finish
+from .report import Row, Tables, arguments, finish
 
 K = 10
 
@@ -94,7 +96,7 @@ def int8(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 class Method(NamedTuple):
-    """How rows ``[N, 384]`` become codes, and the bytes of one."""
+    """How rows ``[N, 384]`` become codes, whose inner product is the score; and the bytes of one."""
 
     name: str
     encode: Callable[[Tensor], Tensor]
@@ -102,23 +104,22 @@ class Method(NamedTuple):
 
 
 def methods(train: Tensor, layer: bf.Bottleneck, size: int) -> list[Method]:
-    from sklearn.decomposition import PCA
-
     pca = PCA(size, svd_solver="covariance_eigh").fit(train.numpy())
     # Codes are nested: the layer is trained once, and cut.
     cut = layer.truncate(size)
 
-    def theirs(rows: Tensor) -> Tensor:
-        return F.normalize(torch.from_numpy(pca.transform(rows.numpy())).float(), dim=1)
+    def components(rows: Tensor) -> Tensor:
+        return torch.from_numpy(pca.transform(rows.numpy())).float()
 
     @torch.no_grad()
     def ours(rows: Tensor) -> Tensor:
-        return F.normalize(cut.encode(rows), dim=1)
+        return cut.encode(rows)
 
     scale = ours(train).abs().amax(dim=0) / 127
     return [
         Method("first numbers", lambda rows: F.normalize(rows[:, :size], dim=1), 4 * size),
-        Method("scikit-learn PCA", theirs, 4 * size),
+        Method("scikit-learn PCA", components, 4 * size),
+        Method("scikit-learn PCA, unit length", lambda rows: F.normalize(components(rows), dim=1), 4 * size),
         Method("bottleneck", ours, 4 * size),
         Method("bottleneck, int8", lambda rows: int8(ours(rows), scale), size),
     ]
@@ -126,20 +127,17 @@ def methods(train: Tensor, layer: bf.Bottleneck, size: int) -> list[Method]:
 
 def probe(corpus: Corpus, encode: Callable[[Tensor], Tensor]) -> float:
     """Accuracy of logistic regression on codes."""
-    from sklearn.linear_model import LogisticRegression
-
     model = LogisticRegression(C=100, max_iter=300).fit(encode(corpus.train).numpy(), corpus.train_categories)
     return float(model.score(encode(corpus.test).numpy(), corpus.test_categories))
 
 
-def main() -> None:
-    options = arguments("text", __doc__.splitlines()[0])
-    corpora = embedded() if options.embedded else reuters()
-    sizes = (8, 16) if options.embedded else (16, 32, 64, 128)
-    documents, queries = (getattr(list(corpora.values())[-1], part) for part in ("train", "test"))
+def search(corpora: dict[str, Corpus], sizes: Sequence[int]) -> list[Row]:
+    """Every code at every size. Stories of the last corpus are searched, the probe is on all corpora."""
+    corpus = list(corpora.values())[-1]
+    documents, queries = corpus.train, corpus.test
+    # Without biases, the inner product of codes is that of the reconstructions, the mean's share included.
     layer = bf.Bottleneck(documents.shape[1], max(sizes), bias=False)
     bf.pretrain(layer, documents, method="exact", progress=False)
-
     wanted = nearest(queries, documents)
 
     def row(size: int, method: Method) -> Row:
@@ -153,22 +151,70 @@ def main() -> None:
             **{f"probe, {name}": probe(corpus, method.encode) for name, corpus in corpora.items()},
         }
 
-    full = Method("whole embedding", lambda rows: rows, 4 * documents.shape[1])
-    rows = [row(documents.shape[1], full)]
-    rows += [row(size, method) for size in sizes for method in methods(documents, layer, size)]
-    notes = {"documents": len(documents), "queries": len(queries)}
+    whole = Method("whole embedding", lambda rows: rows, 4 * documents.shape[1])
+    rows = [row(documents.shape[1], whole)]
+    return rows + [row(size, method) for size in sizes for method in methods(documents, layer, size)]
 
-    def draw(plt: object) -> None:
+
+def compressed() -> list[Row]:
+    """The encoder itself with bottlenecks in place of its Linears: 128 stories calibrate it, others are searched."""
+    dense, tokenizer = embeddings.load_encoder(data.minilm())
+    train, test = data.reuters("r8")
+    calibration = [embeddings.tokenized(tokenizer, train.texts[first : first + 16]) for first in range(0, 128, 16)]
+    documents, queries = train.texts[128:628], test.texts[:100]
+    batch = embeddings.tokenized(tokenizer, documents[:16])
+
+    def row(name: str, model: nn.Module, parameters: int) -> Row:
+        codes, asked = (embeddings.embeddings(model, tokenizer, texts) for texts in (documents, queries))
+        return {
+            "encoder": name,
+            "parameters": parameters,
+            "cosine": float((codes * true_codes).sum(dim=1).mean()),
+            "recall@10": recall(nearest(asked, codes), wanted),
+            "ms, 16 stories": milliseconds(model, batch),
+        }
+
+    embed = embeddings.cached(data.minilm())
+    true_codes, wanted = embed(documents), nearest(embed(queries), embed(documents))
+    rows = [row("whole", dense, sum(parameter.numel() for parameter in dense.parameters()))]
+    for keep in (0.7, 0.5):
+        small, report = bf.compress(
+            dense, calibration, keep=keep, include="transformer.encoder", gate="none", progress=False
+        )
+        rows.append(row(f"keep={keep}", small, report.parameters))
+    return rows
+
+
+@torch.no_grad()
+def milliseconds(model: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
+    """The median of five runs, after one."""
+    seconds = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        model(*batch)
+        seconds.append(time.perf_counter() - begin)
+    return 1000 * statistics.median(seconds[1:])
+
+
+def main() -> None:
+    options = arguments("text", __doc__.splitlines()[0], ("search and classification", "compressed encoder"))
+    sizes = (8, 16) if options.embedded else (16, 32, 64, 128)
+    tables = {"search and classification": lambda _: search(embedded() if options.embedded else reuters(), sizes)}
+    if not options.embedded:
+        tables["compressed encoder"] = lambda _: compressed()
+
+    def draw(plt: Any, rows: Tables) -> None:
+        whole, *others = rows["search and classification"]
         _, axis = plt.subplots(figsize=(7, 4.5))
-        for name in dict.fromkeys(row["code"] for row in rows[1:]):
-            line = [row for row in rows if row["code"] == name]
+        for name in dict.fromkeys(row["code"] for row in others):
+            line = [row for row in others if row["code"] == name]
             axis.plot([row["bytes a document"] for row in line], [row["recall@10"] for row in line], "o-", label=name)
-        axis.axvline(rows[0]["bytes a document"], color="0.6", linestyle=":", label="whole embedding")
+        axis.axvline(whole["bytes a document"], color="0.6", linestyle=":", label="whole embedding")
         axis.set(xscale="log", xlabel="bytes a document", ylabel="recall@10 of exact search", ylim=(0, 1))
         axis.grid(alpha=0.3)
         axis.legend()
 
-    finish("text", options, {"search and classification": rows}, notes, draw)
+    finish("text", options, tables, draw)
 
 
 if __name__ == "__main__":
