@@ -290,7 +290,7 @@ def main() -> None:
     if not options.embedded:
         tables["compressed network"] = lambda _: compressed()
     drawn = {"autoencoders", "eager and fused"} <= set(options.tables or tables)
-    finish("image", options, tables, draw if drawn else None)
+    finish("image", options, tables, "autoencoders", draw if drawn else None)
 
 
 @torch.no_grad()

@@ -302,7 +302,7 @@ def main() -> None:
         axis.set(xscale="log", xlabel="numbers in the model", ylabel="nDCG@10")
         axis.grid(alpha=0.3)
 
-    finish("recommend", options, tables, draw)
+    finish("recommend", options, tables, "top 10", draw)
 
 
 if __name__ == "__main__":

@@ -78,13 +78,15 @@ def finish(
     name: str,
     options: argparse.Namespace,
     tables: dict[str, Callable[[Tables], list[Row]]],
+    shown: str,
     draw: Callable[[Any, Tables], None] | None,
 ) -> None:
-    """Make and print the tables that are wanted; write the JSON file and, once there are all tables, the figure.
+    """Make and print the tables that are wanted; write the JSON file and the figure.
 
     Args:
         tables: what makes the rows, by title, given those of the tables before.
-        draw: draws on matplotlib's ``pyplot``, from the rows of all tables, what becomes the figure; None leaves it.
+        shown: the table that the figure needs.
+        draw: draws on matplotlib's ``pyplot``, from the rows by title, what becomes the figure; None leaves it.
     """
     numbers = (options.output or _ROOT / "bench" / "results") / f"{name}.json"
     picture = (options.output or _ROOT / "docs") / f"{name}.png"
@@ -102,7 +104,7 @@ def finish(
     with replacing(numbers) as path:
         path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"\nnumbers: {numbers}")
-    if draw is not None and rows.keys() == tables.keys():
+    if draw is not None and shown in rows:
         _write_figure(picture, draw, rows)
 
 

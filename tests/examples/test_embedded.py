@@ -106,7 +106,7 @@ def test_one_table_made_anew_leaves_the_others(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["name", *tables, "--output", str(tmp_path)])
         options = report.arguments("name", "", ("first", "second"))
         made = {"first": lambda _: [{"x": value}], "second": lambda rows: [{"x": rows["first"][0]["x"] + 10}]}
-        report.finish("name", options, made, None)
+        report.finish("name", options, made, "first", None)
         return json.loads((tmp_path / "name.json").read_text())["tables"]
 
     assert finished(value=1) == {"first": [{"x": 1}], "second": [{"x": 11}]}
