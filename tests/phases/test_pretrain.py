@@ -88,14 +88,14 @@ def test_stop_at_ends_training_at_the_first_certificate_that_is_good_enough(digi
 
 def test_too_many_features_for_a_certificate_are_trained_without(monkeypatch):
     monkeypatch.setattr("byol_fast.pca._COVARIANCE_FEATURES", 32)
-    rows = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)).mul_(torch.linspace(0, 1, 64) ** 4)
-    layer = bf.Bottleneck(64, 2, bias=False)
+    rows = torch.randn(300, 512, generator=torch.Generator().manual_seed(0)).mul_(torch.linspace(0, 1, 512) ** 4)
+    layer = bf.Bottleneck(512, 2, bias=False)
     before = loss_of(layer, rows)
     result = bf.pretrain(layer.float(), rows, method="joint", epochs=3, optimizer=adam)
     assert result.pca is None
     assert "certificate" not in result.history[-1]
     assert loss_of(layer, rows) < before
-    with pytest.raises(ValueError, match="stop_at: expected few enough features for their covariance, got 64"):
+    with pytest.raises(ValueError, match="stop_at: expected few enough features for their covariance, got 512"):
         bf.pretrain(layer.float(), rows, stop_at=1.1)
 
 
