@@ -1,9 +1,10 @@
 """The best factors of a layer of every rank, and what each rank costs the output of the model.
 
 With the importance G and the covariance S of ``statistics``, the weight W′ of rank k that minimises
-tr(G (W − W′) S (W − W′)ᵀ) is ``R⁻¹ U Uᵀ R W`` where R = G^½ and U are the k leading eigenvectors of R W S Wᵀ R, and it
+tr(G (W − W′) S (W − W′)ᵀ) is ``R⁻¹ U Uᵀ R W`` where RᵀR = G and U are the k leading eigenvectors of R W S Wᵀ Rᵀ, and it
 costs the sum of the other eigenvalues. (Without G, this is principal components of the outputs; without S too, the
-truncated SVD.) The bias makes up for the mean of the error, (W − W′) μ.
+truncated SVD.) With S = T Tᵀ and V the k leading eigenvectors of Tᵀ Wᵀ G W T, it is ``W T V Vᵀ T⁻¹``, too. The bias makes
+up for the mean of the error, (W − W′) μ.
 """
 
 from __future__ import annotations
@@ -65,20 +66,40 @@ def decompose(matrix: Tensor, statistics: Statistics | None) -> Decomposition:
     if statistics is None:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         return Decomposition(values.square(), values[..., None] * right, left)
-    covariance, mean = statistics.image(matrix)
-    root, inverse = _roots(statistics.importance)
-    core = root @ covariance @ root
-    values, vectors = torch.linalg.eigh((core + core.mT) / 2)
-    values, vectors = values.flip(-1)[:, :rank], vectors.flip(-1)[:, :, :rank]
-    projection = vectors.mT @ root
-    return Decomposition(values, projection @ matrix, inverse @ vectors, (projection @ mean[..., None])[..., 0], mean)
+    covariance, mean = statistics.damped_moments()
+    root = _root(statistics.importance)
+    # The products are of one spectrum: the smaller is decomposed, since that costs the cube of its size.
+    if statistics.diagonal or matrix.shape[1] <= matrix.shape[2]:
+        values, vectors = _leading(root @ _image(matrix, covariance, mean) @ root.mT, rank)
+        encoder = vectors.mT @ root @ matrix
+        decoder = torch.linalg.solve_triangular(root, vectors, upper=True)
+    else:
+        inputs, axes = torch.linalg.eigh(covariance)
+        scale = inputs.clamp(min=torch.finfo(torch.float64).eps * inputs.amax(dim=-1, keepdim=True)).sqrt()
+        outputs = matrix @ axes * scale[:, None]
+        weighted = root @ outputs
+        values, vectors = _leading(weighted.mT @ weighted, rank)
+        encoder = vectors.mT @ (axes / scale[:, None]).mT
+        decoder = outputs @ vectors
+    return Decomposition(values, encoder, decoder, (encoder @ mean[..., None])[..., 0], (matrix @ mean[..., None])[..., 0])
 
 
-def _roots(importance: Tensor) -> tuple[Tensor, Tensor]:
-    """G^½ and G^−½ of the damped importance; of none at all, the identity."""
+def _image(matrix: Tensor, covariance: Tensor, mean: Tensor) -> Tensor:
+    """Covariance of ``matrix @ x``; that of indices is given by its diagonal ``[groups, 1, d]``, not yet centred."""
+    if covariance.shape[-2] == matrix.shape[-1]:
+        return matrix @ covariance @ matrix.mT
+    center = matrix @ mean[..., None]
+    return (matrix * covariance) @ matrix.mT - center @ center.mT
+
+
+def _leading(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+    return values.flip(-1)[:, :rank], vectors.flip(-1)[:, :, :rank]
+
+
+def _root(importance: Tensor) -> Tensor:
+    """An upper triangle R with RᵀR the damped importance; of none at all, the identity."""
     scale = importance.diagonal(dim1=1, dim2=2).mean(dim=1)
     identity = torch.eye(importance.shape[-1], dtype=importance.dtype, device=importance.device)
     damping = torch.where(scale > 0, _DAMPING * scale, 1.0)
-    values, axes = torch.linalg.eigh(importance + damping[:, None, None] * identity)
-    roots = values.sqrt()
-    return (axes * roots[:, None]) @ axes.mT, (axes / roots[:, None]) @ axes.mT
+    return torch.linalg.cholesky(importance + damping[:, None, None] * identity).mT

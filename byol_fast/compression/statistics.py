@@ -113,16 +113,15 @@ class Statistics:
         covariance = self.second / total[..., None] - center[..., None] * center[:, None]
         return covariance, center if self.origin is None else center + self.origin
 
-    def image(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Covariance ``[groups, o, o]`` and mean ``[groups, o]`` of ``matrix @ x`` over the inputs."""
+    def damped_moments(self) -> tuple[Tensor, Tensor]:
+        """The same, with a little variance in every direction: where calibration has not been, nothing else decides."""
         covariance, center = self.moments()
-        mean = (matrix @ center[..., None])[..., 0]
         if self.diagonal:
-            # Entries that never occurred count a little, too: there, nothing else decides.
-            share = covariance.clamp(min=_DAMPING / covariance.shape[-1])
-            return (matrix * share) @ matrix.mT - mean[..., None] * mean[:, None], mean
-        damping = _DAMPING * covariance.diagonal(dim1=1, dim2=2).mean(dim=1)
-        return matrix @ covariance @ matrix.mT + damping[:, None, None] * (matrix @ matrix.mT), mean
+            return covariance.clamp(min=_DAMPING / covariance.shape[-1]), center
+        variance = covariance.diagonal(dim1=1, dim2=2).mean(dim=1)
+        damping = torch.where(variance > 0, _DAMPING * variance, 1.0)
+        identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+        return covariance + damping[:, None, None] * identity, center
 
 
 # Of the mean variance of an input: what directions count that calibration has not seen.
