@@ -51,7 +51,9 @@ class Embedder(nn.Module):
 
 @dataclass(frozen=True)
 class Texts:
-    """MiniLM-L6, and texts of Reuters R8 by 32: to calibrate on and to train a probe on from its training half."""
+    """MiniLM-L6, and batches of texts of Reuters R8: to calibrate on, to train a probe on and others, without labels, from
+    its training half.
+    """
 
     model: nn.Module
     calibration: list[Batch]
@@ -59,6 +61,7 @@ class Texts:
     train_categories: list[str]
     test: list[Batch]
     test_categories: list[str]
+    unlabelled: list[Batch]
 
     @torch.no_grad()
     def embeddings(self, model: nn.Module, batches: list[Batch]) -> Tensor:
@@ -66,8 +69,15 @@ class Texts:
         return torch.cat([model(*batch) for batch in batches])
 
 
-def texts(calibration: int = 256, train: int = 800, test: int = 400) -> Texts:
-    """Fetch them; so many texts of each kind, at most 128 tokens of each."""
+def texts(
+    calibration: int = 256,
+    train: int = 800,
+    test: int = 400,
+    unlabelled: int = 0,
+    batch_size: int = 32,
+    max_tokens: int = 128,
+) -> Texts:
+    """Fetch them; so many texts of each kind, at most so many tokens of each."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     from transformers import AutoModel, AutoTokenizer
 
@@ -80,9 +90,9 @@ def texts(calibration: int = 256, train: int = 800, test: int = 400) -> Texts:
         # Texts of about one length together, so that little is padding.
         chosen.sort(key=lambda index: len(source.texts[index]))
         batches = []
-        for first in range(0, len(chosen), 32):
-            some = [source.texts[index] for index in chosen[first : first + 32]]
-            encoded = tokenizer(some, padding=True, truncation=True, max_length=128, return_tensors="pt")
+        for first in range(0, len(chosen), batch_size):
+            some = [source.texts[index] for index in chosen[first : first + batch_size]]
+            encoded = tokenizer(some, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
             batches.append((encoded.input_ids, encoded.attention_mask))
         return batches, [source.categories[index] for index in chosen]
 
@@ -91,4 +101,5 @@ def texts(calibration: int = 256, train: int = 800, test: int = 400) -> Texts:
     calibrated, _ = part(train_half, 0, calibration)
     probe, probe_categories = part(train_half, calibration, train)
     tested, tested_categories = part(test_half, 0, test)
-    return Texts(Embedder(bert).eval(), calibrated, probe, probe_categories, tested, tested_categories)
+    others, _ = part(train_half, calibration + train, unlabelled)
+    return Texts(Embedder(bert).eval(), calibrated, probe, probe_categories, tested, tested_categories, others)

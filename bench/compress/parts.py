@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 from torch import nn
 
 import byol_fast as bf
+from byol_fast.compression import Analysis
 from byol_fast.compression.gate import timed
 
 from . import models
@@ -17,6 +21,8 @@ from . import models
 LAYER = "classifier.0"
 RANKS = (16, 8, 6, 4)
 SHARES = (0.8, 0.6, 0.5)
+# Batch and tokens at which the gate judges.
+SHAPES = ((1, 32), (8, 64), (32, 128))
 
 
 def digits() -> dict[str, Any]:
@@ -69,59 +75,63 @@ def _at_rank(case: models.Digits, rank: int, *, batch_size: int = 100, **options
 
 def texts() -> dict[str, Any]:
     """MiniLM at three sizes: cosine to the dense embedding and a linear probe, by the allocation of ranks."""
-    case = models.texts()
-    probe = _Probe(case)
+    case, analysis, probe = _analysed()
     rows = []
-    for allocation, method in (("output", "data_aware"), ("uniform", "data_aware"), ("uniform", "svd")):
-        for keep in SHARES if method == "data_aware" else (0.5,):
-            model, report = bf.compress(
-                case.model,
-                case.calibration,
-                keep=keep,
-                method=method,
-                allocation=allocation,
-                include="bert.encoder",
-                gate="none",
-                progress=False,
-            )
-            rows.append(
-                {"keep": keep, "allocation": allocation, "method": method, **probe.row(model), **_summary(report)}
-            )
-            print(rows[-1], flush=True)
+    for allocation, keep in itertools.product(("measured", "output", "uniform"), SHARES):
+        model, report = analysis.compress(keep=keep, allocation=allocation, progress=False)
+        rows.append(_row(keep, "data_aware", allocation, probe.row(model), report))
+    model, report = bf.compress(case.model, None, keep=0.5, method="svd", include="bert.encoder", gate="none")
+    rows.append(_row(0.5, "svd", "uniform", probe.row(model), report))
     return {"dense_probe": probe.dense, "rows": rows}
 
 
 def texts_recovered() -> dict[str, Any]:
     """MiniLM at half its weights, recovered by distillation on the calibration texts, and on more of them."""
-    case = models.texts()
-    probe = _Probe(case)
+    case, analysis, probe = _analysed()
     rows = []
-    for more in (None, case.train):
-        recovery = bf.Recovery(epochs=8, lr=5e-4, train="all", data=more)
-        model, report = bf.compress(
-            case.model, case.calibration, keep=0.5, include="bert.encoder", gate="none", recovery=recovery
-        )
-        count = len(case.calibration if more is None else more) * 32
-        rows.append(
-            {"texts": count, "keep": 0.5, **probe.row(model), **_summary(report), "epochs": len(report.history)}
-        )
-        print(rows[-1], flush=True)
+    for name, more, recovery in RECOVERIES:
+        batches = case.unlabelled[:more] if more else None
+        model, report = analysis.compress(keep=0.5, recovery=dataclasses.replace(recovery, data=batches))
+        found = _row(0.5, "data_aware", "measured", probe.row(model), report)
+        rows.append({"learned_from": name, **found, "history": report.history})
+        print(found, flush=True)
     return {"dense_probe": probe.dense, "rows": rows}
 
 
-def texts_latency() -> dict[str, Any]:
-    """MiniLM through the gate: which layers measure faster, and what a batch takes, before and after."""
-    case = models.texts(calibration=64, train=32, test=64)
+def texts_latency(size: int, tokens: int) -> dict[str, Any]:
+    """MiniLM through the gate at one shape of batches, then timed again beside the dense model."""
+    case = models.texts(calibration=max(64, size), train=32, test=64, batch_size=size, max_tokens=tokens)
     # The gate judges by the first batch: the longest texts.
     batches = case.calibration[::-1]
     model, report = bf.compress(case.model, batches, keep=0.5, include="bert.encoder", progress=False)
     reference = case.embeddings(case.model, case.test)
     cosine = float((case.embeddings(model, case.test) * reference).sum(1).mean())
+    with torch.no_grad():
+        before, now = timed(
+            partial(case.model, *batches[0]), partial(model, *batches[0]), device=torch.device("cpu"), seconds=12.0
+        )
     layers = [
         {"name": layer.name, "rank": layer.rank, "dense_ms": layer.dense_ms, "ms": layer.ms, "reason": layer.reason}
         for layer in report.layers
     ]
-    return {"shape": list(batches[0][0].shape), "cosine": cosine, **_summary(report), "layers": layers}
+    again = {"dense_ms_again": before, "ms_again": now}
+    return {"shape": list(batches[0][0].shape), "cosine": cosine, **_summary(report), **again, "layers": layers}
+
+
+@functools.cache
+def _analysed() -> tuple[models.Texts, Analysis, _Probe]:
+    """One calibration pass for all rows."""
+    case = models.texts()
+    analysis = Analysis(case.model, case.calibration, include="bert.encoder", gate="none")
+    return case, analysis, _Probe(case)
+
+
+def _row(
+    keep: float, method: str, allocation: str, found: dict[str, float], report: bf.CompressionReport
+) -> dict[str, Any]:
+    row = {"keep": keep, "allocation": allocation, "method": method, **found, **_summary(report)}
+    print(row, flush=True)
+    return row
 
 
 class _Probe:
@@ -156,4 +166,7 @@ def _summary(report: bf.CompressionReport) -> dict[str, Any]:
     }
 
 
-PARTS = {part.__name__: part for part in (digits, digits_latency, texts, texts_recovered, texts_latency)}
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    **{part.__name__: part for part in (digits, digits_latency, texts, texts_recovered)},
+    **{f"texts_latency_{size}x{tokens}": partial(texts_latency, size, tokens) for size, tokens in SHAPES},
+}

@@ -3,8 +3,8 @@
 With the importance G and the covariance S of ``statistics``, the weight W′ of rank k that minimises
 tr(G (W − W′) S (W − W′)ᵀ) is ``R⁻¹ U Uᵀ R W`` where RᵀR = G and U are the k leading eigenvectors of R W S Wᵀ Rᵀ, and it
 costs the sum of the other eigenvalues. (Without G, this is principal components of the outputs; without S too, the
-truncated SVD.) With S = T Tᵀ and V the k leading eigenvectors of Tᵀ Wᵀ G W T, it is ``W T V Vᵀ T⁻¹``, too. The bias makes
-up for the mean of the error, (W − W′) μ.
+truncated SVD.) With S = T Tᵀ and V the k leading eigenvectors of Tᵀ Wᵀ G W T, it is ``W T V Vᵀ T⁻¹``, too. The bias
+makes up for the mean of the error, (W − W′) μ.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def decompose(matrix: Tensor, statistics: Statistics | None) -> Decomposition:
         values, vectors = _leading(weighted.mT @ weighted, rank)
         encoder = vectors.mT @ (axes / scale[:, None]).mT
         decoder = outputs @ vectors
-    return Decomposition(values, encoder, decoder, (encoder @ mean[..., None])[..., 0], (matrix @ mean[..., None])[..., 0])
+    return Decomposition(
+        values, encoder, decoder, (encoder @ mean[..., None])[..., 0], (matrix @ mean[..., None])[..., 0]
+    )
 
 
 def _image(matrix: Tensor, covariance: Tensor, mean: Tensor) -> Tensor:
@@ -102,4 +104,5 @@ def _root(importance: Tensor) -> Tensor:
     scale = importance.diagonal(dim1=1, dim2=2).mean(dim=1)
     identity = torch.eye(importance.shape[-1], dtype=importance.dtype, device=importance.device)
     damping = torch.where(scale > 0, _DAMPING * scale, 1.0)
-    return torch.linalg.cholesky(importance + damping[:, None, None] * identity).mT
+    root: Tensor = torch.linalg.cholesky(importance + damping[:, None, None] * identity).mT
+    return root

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 from torch import nn
@@ -11,6 +12,7 @@ from .calibration import Calibration
 from .factorize import Decomposition, decompose
 from .find import Refusal, Site
 from .gate import Gate
+from .kinds import Factors
 from .statistics import Statistics, measure
 
 __all__ = ["Ranked", "Ranks"]
@@ -25,6 +27,7 @@ class Ranks:
         sites: those that can be replaced.
         refusals: why others are not.
         limits: the break-even rank of each site: by time with a gate, else by weights.
+        corrections: factors by which the estimated costs of sites are wrong, where that is known.
     """
 
     def __init__(self, sites: list[Site], refusals: list[Refusal], gate: Gate | None) -> None:
@@ -34,10 +37,18 @@ class Ranks:
         self.statistics: dict[Site, Statistics] = {}
         self.decompositions: dict[Site, Decomposition] = {}
         self.limits: dict[Site, int] = {}
+        self.corrections: dict[Site, float] = {}
         for site in sites:
             self.limits[site] = min(site.max_rank, (site.size - 1) // site.unit)
             if self.limits[site] == 0:
                 self.refuse([site], "break-even rank 0: a bottleneck of rank 1 has no fewer weights")
+
+    def copy(self) -> Ranks:
+        """One that can be refused sites without a change of this one; statistics, factors and times are the same."""
+        other = copy.copy(self)
+        other.sites, other.refusals = list(self.sites), list(self.refusals)
+        other.limits, other.corrections = dict(self.limits), dict(self.corrections)
+        return other
 
     def refuse(self, sites: list[Site], reason: str) -> None:
         """Leave sites dense."""
@@ -84,6 +95,19 @@ class Ranks:
             self.decompositions[site] = decompose(
                 site.matrix, self.statistics[site] if method == "data_aware" else None
             )
+
+    def cuts(self, taken: Ranked) -> dict[Site, Factors]:
+        """The factors of these ranks."""
+        return {site: self.decompositions[site].cut(rank) for site, rank in taken.items() if rank is not None}
+
+    def estimates(self, taken: Ranked) -> dict[Site, float]:
+        """What these ranks cost by the estimate as it is, of ‖f‖²."""
+        return {site: float(self.decompositions[site].costs[rank]) for site, rank in taken.items() if rank is not None}
+
+    @staticmethod
+    def weights(taken: Ranked) -> float:
+        """Weights that these ranks leave."""
+        return sum(_weights(site, rank) for site, rank in taken.items())
 
     # --------------------------------------------------------------------------------------------------- a budget
 
@@ -133,7 +157,7 @@ class Ranks:
         options = {}
         for site in self.sites:
             upper = self.limits[site] if limited else min(site.max_rank, (site.size - 1) // site.unit)
-            errors = self.decompositions[site].costs.tolist()
+            errors = (self.decompositions[site].costs * self.corrections.get(site, 1.0)).tolist()
             ranks = [Option(rank, cost(site, rank), errors[rank]) for rank in range(1, upper + 1)]
             options[site] = [*ranks, Option(None, cost(site, None), 0.0)]
         return options

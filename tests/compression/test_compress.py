@@ -2,12 +2,16 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
+from contract import FLOOR, relative_error
 from torch import nn
 
 import byol_fast as bf
+import byol_fast.compression.analysis
+from byol_fast.compression import Analysis
 
 OPEN = {"gate": "none", "progress": False}
 
@@ -71,6 +75,60 @@ def test_ranks_by_the_output_of_the_model_beat_equal_shares(low_rank_rows):
     assert results["output"] < 0.8 * results["uniform"]
 
 
+def test_ranks_by_measurement_see_errors_that_add_up():
+    """The tokens of a sample are alike, and one branch sums them: to first order, both branches matter alike."""
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.summed, self.kept = nn.Linear(24, 24), nn.Linear(24, 24)
+
+        def forward(self, tokens):
+            return torch.cat((self.summed(tokens).sum(1), self.kept(tokens).flatten(1)), dim=1)
+
+    torch.manual_seed(0)
+    model = Branches()
+    samples = torch.randn(64, 1, 24) + 0.05 * torch.randn(64, 16, 24)
+    errors = {}
+    for allocation in ("measured", "output"):
+        compressed, report = bf.compress(model, samples, keep=0.6, allocation=allocation, **OPEN)
+        assert report.kept <= 0.6
+        errors[allocation] = error(model, compressed, samples)
+    assert errors["measured"] < 0.8 * errors["output"]
+
+
+def test_one_analysis_serves_many_budgets(low_rank_rows):
+    model = perceptron()
+    analysis = Analysis(model, low_rank_rows, gate="none")
+    for options in ({"keep": 0.3}, {"keep": 0.6, "allocation": "uniform"}, {"error": 0.1}):
+        found, report = analysis.compress(**options, progress=False)
+        expected, alone = bf.compress(model, low_rank_rows, **options, **OPEN)
+        assert report.to_json() == alone.to_json()
+        assert torch.equal(found(low_rank_rows), expected(low_rank_rows))
+
+
+def test_an_analysis_does_not_remember_what_one_budget_refused(low_rank_rows, clock, monkeypatch):
+    analysis = Analysis(perceptron(), low_rank_rows)
+    with monkeypatch.context() as slow:
+        slow.setattr(byol_fast.compression.analysis, "milliseconds", lambda data, *models: [1.0, 1.1])
+        assert not analysis.compress(progress=False)[1].replaced
+    assert analysis.compress(progress=False)[1].replaced
+
+
+def test_plain_factors_need_no_data():
+    model = perceptron()
+    compressed, report = bf.compress(model, None, keep=0.5, method="svd", **OPEN)
+    # Of each layer, the largest rank with half its weights.
+    assert [layer.rank for layer in report.layers] == [6, 8, 2]
+    assert math.isnan(report.error)
+    for dense, layer in zip(model[::2], compressed[::2], strict=True):
+        weight = dense.weight.double()
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        best = left[:, : layer.rank] * values[: layer.rank] @ right[: layer.rank]
+        assert relative_error(layer.to_linear().weight, best) < FLOOR[torch.float32]
+        assert torch.equal(layer.decoder.bias, dense.bias)
+
+
 def test_sequential_fitting_makes_up_for_the_layers_before(low_rank_rows):
     model = perceptron()
     one_shot, first = bf.compress(model, low_rank_rows, keep=0.3, **OPEN)
@@ -130,10 +188,7 @@ def test_a_model_whose_layers_are_all_too_small_comes_back_unchanged_with_the_re
 
 
 def test_a_model_that_is_slower_as_a_whole_comes_back_unchanged(low_rank_rows, clock, monkeypatch):
-    import sys
-
-    module = sys.modules["byol_fast.compression.compress"]
-    monkeypatch.setattr(module, "_milliseconds", lambda data, *models: [1.0, 1.1])
+    monkeypatch.setattr(byol_fast.compression.analysis, "milliseconds", lambda data, *models: [1.0, 1.1])
     compressed, report = bf.compress(perceptron(), low_rank_rows, progress=False)
     assert repr(compressed) == repr(perceptron())
     assert "the whole model would take 1.10 ms a batch" in report.layers[0].reason
@@ -183,7 +238,7 @@ def test_the_report_tells_itself(low_rank_rows, tmp_path, clock):
         ({"keep": 1.5}, ValueError, r"keep: expected a number in \(0, 1\], got 1.5"),
         ({"error": 0.0}, ValueError, "error: expected a number > 0, got 0.0"),
         ({"method": "magic"}, ValueError, "method: expected one of data_aware, svd, got 'magic'"),
-        ({"allocation": "none"}, ValueError, "allocation: expected one of output, uniform"),
+        ({"allocation": "none"}, ValueError, "allocation: expected one of measured, output, uniform"),
         ({"gate": "open"}, ValueError, "gate: expected one of latency, none, got 'open'"),
         ({"latency": 1.0, "gate": "none"}, ValueError, 'gate: expected "latency" with latency=…'),
         ({"margin": 1.0}, ValueError, r"margin: expected a number in \[0, 1\)"),

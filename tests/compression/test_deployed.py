@@ -5,9 +5,10 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from contract import relative_error
+from contract import FLOOR, relative_error
 from torch import nn
 
 import byol_fast as bf
@@ -87,6 +88,51 @@ def test_a_model_that_is_code_loads_into_its_architecture(tmp_path):
         bf.load(tmp_path / "model.safetensors", nn.Linear(2, 2))
     with pytest.raises(ValueError, match='got one; use format="safetensors"'):
         bf.deploy(bf.Bottleneck(8, 2), tmp_path / "other.safetensors", format="state")
+
+
+def sequences():
+    """A transformer with its attention's projections replaced, and inputs of it."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    rows = torch.randn(12, 6, 16)
+    model, report = bf.compress(nn.TransformerEncoder(layer, 2).eval(), rows, allocation="uniform", **OPEN)
+    assert sum("self_attn" in layer.name for layer in report.replaced) == 8
+    return model, rows
+
+
+_IN_ONNXRUNTIME = """
+import numpy, onnxruntime
+session = onnxruntime.InferenceSession("model.onnx")
+numpy.save("out.npy", session.run(None, {session.get_inputs()[0].name: numpy.load("rows.npy")})[0])
+"""
+_WITH_TORCH_ALONE = """
+import numpy, sys, torch
+output = torch.export.load("model.pt2").module()(torch.from_numpy(numpy.load("rows.npy")))
+assert "byol_fast" not in sys.modules
+numpy.save("out.npy", output.detach().numpy())
+"""
+
+
+@pytest.mark.parametrize(
+    ("format", "file", "code"),
+    [("onnx", "model.onnx", _IN_ONNXRUNTIME), ("torch_export", "model.pt2", _WITH_TORCH_ALONE)],
+)
+def test_replaced_attention_runs_in_a_fresh_process(tmp_path, format, file, code):
+    model, rows = sequences()
+    bf.deploy(model, tmp_path / file, format=format, example=rows[:2])
+    np.save(tmp_path / "rows.npy", rows.numpy())
+    subprocess.run([sys.executable, "-I", "-W", "ignore", "-c", code], cwd=tmp_path, check=True)
+    found = torch.from_numpy(np.load(tmp_path / "out.npy"))
+    assert relative_error(found, model(rows).double().detach()) < FLOOR[torch.float32]
+
+
+@pytest.mark.parametrize("format", ["state", "safetensors"])
+def test_replaced_attention_is_no_tree_of_plain_layers(tmp_path, format):
+    model, _ = sequences()
+    with pytest.raises(ValueError, match='deploy it with format="torch_export"') as caught:
+        bf.deploy(model, tmp_path / "model.safetensors", format=format)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_exported_program_has_its_layers_back():
