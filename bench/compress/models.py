@@ -51,8 +51,9 @@ class Embedder(nn.Module):
 
 @dataclass(frozen=True)
 class Texts:
-    """MiniLM-L6, and batches of texts of Reuters R8: to calibrate on, to train a probe on and others, without labels, from
-    its training half.
+    """MiniLM-L6, and batches of texts of Reuters R8.
+
+    Those to calibrate on, to train a probe on, and others, without labels, are different ones of its training half.
     """
 
     model: nn.Module
