@@ -17,6 +17,8 @@ def write(results: dict[str, Any], folder: Path) -> None:
     for name, section in _SECTIONS.items():
         if name in results:
             sections.append(section(results[name]))
+    if any(name.startswith(_RECOVERED) for name in results):
+        sections.append(_recovered(results))
     if any(name.startswith(_LATENCY) for name in results):
         sections.append(_texts_latency(results))
     if "texts" in results:
@@ -90,15 +92,19 @@ def _texts(found: dict[str, Any]) -> str:
     )
 
 
-def _recovered(found: dict[str, Any]) -> str:
+def _recovered(results: dict[str, Any]) -> str:
+    found = [results[name] for name in results if name.startswith(_RECOVERED)]
     rows = [
-        [row["learned_from"], len(row["history"]), f"{row['cosine']:.3f}", f"{row['probe']:.1%}"]
-        for row in found["rows"]
+        [
+            f"{part['texts']} {_SOURCES[part['source']]}",
+            *(part["epochs"], part["lr"], f"{part['cosine']:.3f}", f"{part['probe']:.1%}"),
+        ]
+        for part in found
     ]
     return (
-        "### Recovered\n\nAt 50 %, after learning from the dense model on texts without labels; "
-        f"the dense model's probe: {found['dense_probe']:.1%}.\n\n"
-        + _table(["texts", "epochs", "cosine", "probe"], rows)
+        "### Recovered\n\nAt 50 %, after learning from the dense model's embeddings of texts without labels (all "
+        f"parameters of the model, in batches of 16); the dense model's probe: {found[0]['dense_probe']:.1%}.\n\n"
+        + _table(["learned from", "epochs", "learning rate", "cosine", "probe"], rows)
     )
 
 
@@ -129,12 +135,13 @@ def _ms(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.2f}"
 
 
+_RECOVERED = "texts_recovered_"
+_SOURCES = {"calibration": "texts, those it was calibrated on", "others": "other texts of the training half"}
 _LATENCY = "texts_latency_"
 _SECTIONS = {
     "digits": _digits,
     "digits_latency": _digits_latency,
     "texts": _texts,
-    "texts_recovered": _recovered,
 }
 
 
@@ -148,8 +155,9 @@ def _figure(results: dict[str, Any], path: Path) -> None:
             row for row in results["texts"]["rows"] if row["allocation"] == allocation and row["method"] == "data_aware"
         ]
         axes.plot([100 * row["keep"] for row in rows], [row["cosine"] for row in rows], "o-", label=label)
-    for row in results.get("texts_recovered", {}).get("rows", []):
-        axes.plot([100 * row["keep"]], [row["cosine"]], "^", label=f"recovered on {row['learned_from']}")
+    for name, part in results.items():
+        if name.startswith(_RECOVERED):
+            axes.plot([100 * part["keep"]], [part["cosine"]], "^", label=f"recovered, {part['source']}")
     axes.grid(alpha=0.3)
     axes.legend()
     with replacing(path) as temporary:

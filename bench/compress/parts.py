@@ -21,11 +21,12 @@ from . import models
 LAYER = "classifier.0"
 RANKS = (16, 8, 6, 4)
 SHARES = (0.8, 0.6, 0.5)
-# What recovery learns from: nothing but the calibration texts, or so many others without labels, too.
-RECOVERIES = (
-    ("256 calibration texts", 0, bf.Recovery(epochs=8, lr=1e-4, train="all")),
-    ("4096 other texts", 4096, bf.Recovery(epochs=1, lr=1e-4, train="all")),
-)
+# Texts that recovery learns from, in batches of 16, and how: others, without labels, or those of the calibration alone.
+RECOVERIES = {
+    "others": bf.Recovery(epochs=1, lr=2e-4, train="all"),
+    "calibration": bf.Recovery(epochs=8, lr=2e-4, train="all"),
+}
+OTHERS = 2560
 # Batch and tokens at which the gate judges.
 SHAPES = ((1, 32), (8, 64), (8, 128))
 
@@ -90,17 +91,17 @@ def texts() -> dict[str, Any]:
     return {"dense_probe": probe.dense, "rows": rows}
 
 
-def texts_recovered() -> dict[str, Any]:
-    """MiniLM at half its weights, recovered by distillation on the calibration texts, and on more of them."""
+def texts_recovered(source: str) -> dict[str, Any]:
+    """MiniLM at half its weights, recovered by distillation."""
     case, analysis, probe = _analysed()
-    rows = []
-    for name, more, recovery in RECOVERIES:
-        batches = case.unlabelled[:more] if more else None
-        model, report = analysis.compress(keep=0.5, recovery=dataclasses.replace(recovery, data=batches))
-        found = _row(0.5, "data_aware", "measured", probe.row(model), report)
-        rows.append({"learned_from": name, **found, "history": report.history})
-        print(found, flush=True)
-    return {"dense_probe": probe.dense, "rows": rows}
+    batches = case.calibration if source == "calibration" else case.unlabelled
+    halves = [half for batch in batches for half in zip(*(tensor.split(16) for tensor in batch), strict=True)]
+    recovery = dataclasses.replace(RECOVERIES[source], data=halves)
+    model, report = analysis.compress(keep=0.5, recovery=recovery)
+    texts = sum(len(batch[0]) for batch in batches)
+    options = {"texts": texts, "epochs": recovery.epochs, "lr": recovery.lr, "train": recovery.train}
+    found = _row(0.5, "data_aware", "measured", probe.row(model), report)
+    return {"dense_probe": probe.dense, "source": source, **options, **found, "history": report.history}
 
 
 def texts_latency(size: int, tokens: int) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def texts_latency(size: int, tokens: int) -> dict[str, Any]:
 @functools.cache
 def _analysed() -> tuple[models.Texts, Analysis, _Probe]:
     """One calibration pass for all rows."""
-    case = models.texts()
+    case = models.texts(unlabelled=OTHERS)
     analysis = Analysis(case.model, case.calibration, include="bert.encoder", gate="none")
     return case, analysis, _Probe(case)
 
@@ -174,6 +175,7 @@ def _summary(report: bf.CompressionReport) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    **{part.__name__: part for part in (digits, digits_latency, texts, texts_recovered)},
+    **{part.__name__: part for part in (digits, digits_latency, texts)},
+    **{f"texts_recovered_{source}": partial(texts_recovered, source) for source in RECOVERIES},
     **{f"texts_latency_{size}x{tokens}": partial(texts_latency, size, tokens) for size, tokens in SHAPES},
 }

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,12 +28,13 @@ class Recovery:
         layer_epochs: passes over the data in which each linear bottleneck learns the output of its dense layer, from
             the inputs that it gets in the compressed model, by :meth:`byol_fast.Bottleneck.reconstruction_loss`.
         epochs: passes in which all of them learn the output of the dense model (distillation).
-        lr: learning rate of Adam, falling to zero by a cosine.
+        lr: learning rate of Adam; it rises over the first tenth of the steps and falls to zero by a cosine.
         train: ``"bottlenecks"``, or ``"all"`` parameters of the model, in distillation.
         data: further batches to learn from, as ``calibration`` (they need no labels); None means the calibration
             batches.
         held_out: share of the batches to measure by, and not to learn from.
-        patience: epochs without a smaller held-out error after which distillation stops; the best is kept.
+        patience: epochs without a smaller held-out error after which training stops; the best is kept, and that is what
+            was there before training if nothing was better.
         seed: of the order of batches.
     """
 
@@ -125,9 +127,9 @@ def _run(
     bar: Any,
 ) -> list[dict[str, float]]:
     optimizer = torch.optim.Adam(parameters, lr=options.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(train))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, steps=epochs * len(train)))
     history: list[dict[str, float]] = []
-    best, best_error, since = copy.deepcopy(model.state_dict()), math.inf, 0
+    best, best_error, since = copy.deepcopy(model.state_dict()), _mean(loss_of, held_out), 0
     for epoch in range(epochs):
         total = 0.0
         for index in torch.randperm(len(train), generator=generator).tolist():
@@ -142,8 +144,7 @@ def _run(
             bar.update()
         row = {"epoch": epoch + 1.0, f"{name}_loss": total / max(len(train), 1)}
         if held_out:
-            with torch.no_grad():
-                error = sum(float(loss_of(batch)) for batch in held_out) / len(held_out)
+            error = _mean(loss_of, held_out)
             row[f"{name}_held_out_loss"] = error
             since = 0 if error < best_error else since + 1
             if error < best_error:
@@ -155,6 +156,17 @@ def _run(
     if held_out:
         model.load_state_dict(best)
     return history
+
+
+@torch.no_grad()
+def _mean(loss_of: Callable[[Any], Tensor], batches: Sequence[Any]) -> float:
+    return sum(float(loss_of(batch)) for batch in batches) / max(len(batches), 1)
+
+
+def _rate(step: int, steps: int) -> float:
+    """Of the learning rate: Adam's first steps know no scale of the gradients yet, and undo a good start if large."""
+    warm = max(steps // 10, 1)
+    return min((step + 1) / warm, 1.0) * 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
 
 
 def _distillation(model: nn.Module, teacher: nn.Module, forward: Forward, batch: Any) -> Tensor:

@@ -157,6 +157,17 @@ def test_recovery_learns_from_the_dense_model_and_stops(low_rank_rows):
     assert all(parameter.grad is None for parameter in compressed.parameters())
 
 
+def test_recovery_never_leaves_the_model_worse_on_what_was_held_out(low_rank_rows):
+    options = {"keep": 0.3, "batch_size": 16, **OPEN}
+    expected, _ = bf.compress(perceptron(), low_rank_rows, **options)
+    # Each step destroys more than it learns.
+    recovery = bf.Recovery(epochs=3, lr=10.0, patience=1)
+    found, report = bf.compress(perceptron(), low_rank_rows, recovery=recovery, **options)
+    assert len(report.history) == 1
+    assert torch.equal(found(low_rank_rows), expected(low_rank_rows))
+    assert report.error == report.error_before_recovery
+
+
 # ---------------------------------------------------------------------------------------------------------- the gate
 
 
