@@ -72,7 +72,7 @@ class Texts:
 
 def texts(
     calibration: int = 256,
-    train: int = 800,
+    train: int = 400,
     test: int = 400,
     unlabelled: int = 0,
     batch_size: int = 32,

@@ -83,7 +83,7 @@ def _texts(found: dict[str, Any]) -> str:
     ]
     return (
         "## MiniLM-L6, a sentence encoder\n\nAll Linear layers of its encoder, calibrated on 256 texts of Reuters R8; "
-        "mean cosine to the dense model's embedding on 400 test texts, and accuracy of a logistic regression on 800 "
+        "mean cosine to the dense model's embedding on 400 test texts, and accuracy of a logistic regression on 400 "
         f"training texts' embeddings (the dense model: {found['dense_probe']:.1%}). Without recovery and without the "
         "gate. Ranks by `output`: where they save most of the model's output error per weight, by a first-order "
         "estimate; by `measured`, the default: the estimate corrected by what each layer alone is measured to cost; "
@@ -152,7 +152,9 @@ def _figure(results: dict[str, Any], path: Path) -> None:
     axes = figure.add_subplot(xlabel="weights kept (%)", ylabel="cosine to the dense embedding")
     for allocation, label in (("measured", "ranks by measured costs"), ("uniform", "equal shares")):
         rows = [
-            row for row in results["texts"]["rows"] if row["allocation"] == allocation and row["method"] == "data_aware"
+            row
+            for row in sorted(results["texts"]["rows"], key=lambda row: row["keep"])
+            if row["allocation"] == allocation and row["method"] == "data_aware"
         ]
         axes.plot([100 * row["keep"] for row in rows], [row["cosine"] for row in rows], "o-", label=label)
     for name, part in results.items():
