@@ -21,6 +21,8 @@ from . import models
 LAYER = "classifier.0"
 RANKS = (16, 8, 6, 4)
 SHARES = (0.5, 0.6, 0.8)
+# What a part measured; a part that yields it is saved row by row.
+Result: TypeAlias = dict[str, Any]
 # Texts that recovery learns from, in batches of 16, and how: others, without labels, or those of the calibration alone.
 RECOVERIES = {
     "others": bf.Recovery(epochs=1, lr=2e-4, train="all"),
