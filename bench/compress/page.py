@@ -156,7 +156,8 @@ def _figure(results: dict[str, Any], path: Path) -> None:
             for row in sorted(results["texts"]["rows"], key=lambda row: row["keep"])
             if row["allocation"] == allocation and row["method"] == "data_aware"
         ]
-        axes.plot([100 * row["keep"] for row in rows], [row["cosine"] for row in rows], "o-", label=label)
+        if rows:
+            axes.plot([100 * row["keep"] for row in rows], [row["cosine"] for row in rows], "o-", label=label)
     for name, part in results.items():
         if name.startswith(_RECOVERED):
             axes.plot([100 * part["keep"]], [part["cosine"]], "^", label=f"recovered, {part['source']}")
