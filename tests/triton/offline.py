@@ -66,7 +66,7 @@ class Build:
         if kernel == "prepare":
             # float64: AMD's is of another name, and of no concern.
             return "" if self.architecture == AMD else "DMMA"
-        if self.dtype == "fp32" or operation == "squared_error" or kernel not in WIDE_KERNELS:
+        if self.dtype == "fp32" or operation.startswith("squared_error") or kernel not in WIDE_KERNELS:
             return ""
         return WIDE[self.architecture]
 
