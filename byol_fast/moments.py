@@ -5,8 +5,8 @@ where S itself would be too large. Both are linear in S, so one code updates bot
 
     blocks a, b with means μ and counts n:    S = S_a + S_b + n_a n_b / (n_a + n_b) · δ δᵀ,    δ = μ_b − μ_a
 
-(Chan, Golub and LeVeque, Computing 28, 1982.) Each block is shifted by its own mean before it is multiplied, so large
-means cost no digits; products are made in the dtype of the rows, sums of blocks in float64.
+(Chan, Golub and LeVeque, Computing 28, 1982.) Each block is shifted to about its own mean before it is multiplied, so
+large means cost no digits; products are made in the dtype of the rows, sums of blocks in float64.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, distributed
 
+from .backends import scatter_kernel
+
 __all__ = ["Moments", "Scatter", "Sketch", "Spectrum"]
 
 _Self = TypeVar("_Self", bound="Moments")
 # Columns of the panels that make up the triangle of a product: narrower saves work, wider saves overhead.
 _PANEL = 128
+# The mean of this many rows of a block is near enough to the mean of all.
+_SHIFT_ROWS = 256
 
 
 class Spectrum(NamedTuple):
@@ -51,8 +55,8 @@ class Moments(ABC):
         """What adds up where moments about one mean are added."""
 
     @abstractmethod
-    def _add_product(self, rows: Tensor) -> None:
-        """Add ``rowsᵀ rows``, made in the dtype of the rows."""
+    def _add_shifted(self, rows: Tensor, shift: Tensor, workspace: Tensor) -> Tensor:
+        """Add ``Σ (x − shift)(x − shift)ᵀ``, made in the dtype of the rows; the mean of ``x − shift``, in float64."""
 
     @abstractmethod
     def _add_sparse_product(self, rows: Tensor) -> None:
@@ -67,12 +71,10 @@ class Moments(ABC):
         """The spectrum, not yet cleared of what rounding adds."""
 
     def add_(self, rows: Tensor, workspace: Tensor) -> None:
-        """Add a block of dense rows; ``workspace`` has their shape and dtype and is overwritten. It may be ``rows``."""
-        shift = rows.mean(dim=0)
-        centered = torch.sub(rows, shift, out=workspace)
-        # Rounding leaves a little mean, which is taken out again.
-        rest = centered.mean(dim=0).double()
-        self._add_product(centered)
+        """Add a block of dense rows; ``workspace``, of their shape and dtype, may be ``rows`` and is overwritten."""
+        # Any point will do that is not many standard deviations from the mean: what it is beside the mean is taken out.
+        shift = rows[:: max(1, len(rows) // _SHIFT_ROWS)].mean(dim=0)
+        rest = self._add_shifted(rows, shift, workspace)
         self._add_outer(rest, -len(rows))
         self._count(len(rows), shift.double() + rest)
         self.resolution = max(self.resolution, torch.finfo(rows.dtype).eps)
@@ -164,7 +166,11 @@ class Scatter(Moments):
         """The scatter; of ``image``, only the upper triangle is kept up to date."""
         return self.image.triu() + self.image.triu(1).T
 
-    def _add_product(self, rows: Tensor) -> None:
+    def _add_shifted(self, rows: Tensor, shift: Tensor, workspace: Tensor) -> Tensor:
+        scatter = scatter_kernel(rows)
+        if scatter is not None:
+            return scatter(rows, shift, self.image) / len(rows)
+        rows = torch.sub(rows, shift, out=workspace)
         # Panels of the upper triangle take little more than half the work of the full product.
         features = rows.shape[1]
         if self._product.dtype != rows.dtype or self._product.numel() == 0:
@@ -173,6 +179,7 @@ class Scatter(Moments):
             stop = start + _PANEL
             torch.mm(rows[:, :stop].T, rows[:, start:stop], out=self._product[:stop, start:stop])
         self.image += self._product
+        return rows.mean(dim=0).double()
 
     def _add_sparse_product(self, rows: Tensor) -> None:
         self.image += torch.sparse.mm(rows.t().to_sparse_csr(), rows).to_dense()
@@ -210,9 +217,11 @@ class Sketch(Moments):
     def sums(self) -> tuple[Tensor, ...]:
         return self.image, self.energy
 
-    def _add_product(self, rows: Tensor) -> None:
+    def _add_shifted(self, rows: Tensor, shift: Tensor, workspace: Tensor) -> Tensor:
+        rows = torch.sub(rows, shift, out=workspace)
         self.image += rows.T @ (rows @ self.test.to(rows.dtype))
         self.energy += torch.linalg.vector_norm(rows, dim=0).double().square().sum()
+        return rows.mean(dim=0).double()
 
     def _add_sparse_product(self, rows: Tensor) -> None:
         self.image += rows.t() @ (rows @ self.test)

@@ -93,6 +93,8 @@ class StreamingPCA:
         self._block_rows = max(64, min(_BLOCK_ROWS, _BLOCK_BYTES // (8 * n_features)))
         self._pending = torch.empty(0, n_features, device=self.device)
         self._pending_rows = 0
+        # What follows from the rows seen so far, once it has been asked for.
+        self._settled_moments: Moments | None = None
         self._spectra: dict[bool, Spectrum] = {}
 
     def explain(self) -> Route:
@@ -134,6 +136,7 @@ class StreamingPCA:
                 self._moments.add_sparse_(block.to(self.device))
             else:
                 self._enqueue(block.to_dense() if rows.sparse else block, rows.dtype)
+            self._settled_moments = None
             self._spectra.clear()
         return self
 
@@ -167,16 +170,18 @@ class StreamingPCA:
         self._moments = moments
         self._pending = torch.empty(0, self.n_features, dtype=dtype, device=self.device)
         self._pending_rows = 0
+        self._settled_moments = None
         self._spectra = {}
 
     def _settled(self) -> Moments:
         """The moments of all rows; those pending stay pending."""
         if self._pending_rows == 0:
             return self._moments
-        moments = self._moments.copy()
-        rows = self._pending[: self._pending_rows]
-        moments.add_(rows, torch.empty_like(rows))
-        return moments
+        if self._settled_moments is None:
+            rows = self._pending[: self._pending_rows]
+            self._settled_moments = self._moments.copy()
+            self._settled_moments.add_(rows, torch.empty_like(rows))
+        return self._settled_moments
 
     @torch.no_grad()
     def merge(self, other: StreamingPCA) -> StreamingPCA:

@@ -139,6 +139,21 @@ void step_input_gradients(int dtype, int threads, const Sizes& sizes, const PyMa
   kernels.step_input_gradients(args);
 }
 
+void scatter(int dtype, int threads, int64_t rows, int64_t features, const PyMatrix& input, Address shift,
+             Address image, Address sums) {
+  byol::ScatterArgs args{};
+  args.dtype = byol::DType(dtype);
+  args.threads = threads;
+  args.rows = rows, args.features = features;
+  args.input = matrix(input);
+  args.shift = at(shift);
+  args.image = static_cast<double*>(at(image));
+  args.sums = static_cast<double*>(at(sums));
+  const byol::KernelTable& kernels = byol::kernels();
+  py::gil_scoped_release unlocked;
+  kernels.scatter(args);
+}
+
 py::dict info() {
   py::dict result;
   result["instruction_set"] = byol::kernels().name;
@@ -160,4 +175,5 @@ PYBIND11_MODULE(_native, module) {
   module.def("step", &step);
   module.def("sparse_step", &sparse_step);
   module.def("step_input_gradients", &step_input_gradients);
+  module.def("scatter", &scatter);
 }

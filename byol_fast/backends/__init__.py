@@ -8,7 +8,7 @@ verified (:mod:`byol_fast.backends.verified`).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import cast
@@ -37,6 +37,7 @@ __all__ = [
     "current",
     "form",
     "kernels",
+    "scatter_kernel",
     "use_backend",
 ]
 
@@ -215,3 +216,11 @@ def form(name: str, dtype: torch.dtype, tied: bool, sparse: bool) -> str:
 def kernels(name: str) -> Kernels:
     """The kernels of a backend that :func:`choose` returned."""
     return cast(Kernels, _REGISTRY[name])
+
+
+def scatter_kernel(rows: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """The kernel that adds up the scatter of these rows (:meth:`Native.scatter`); None: plain PyTorch has to do it."""
+    native = _REGISTRY["native"]
+    if current() not in (_AUTO, "native") or native.unavailable() or native.refuses((rows,)):
+        return None
+    return cast(Native, native).scatter

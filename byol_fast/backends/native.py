@@ -308,6 +308,24 @@ class Native:
         )
         return [d_input, d_target]
 
+    def scatter(self, rows: Tensor, shift: Tensor, image: Tensor) -> Tensor:
+        """Add ``Σ (x − shift)(x − shift)ᵀ`` to the upper triangle of ``image``, and return ``Σ (x − shift)``.
+
+        rows ``[n, D]`` and shift ``[D]`` are float32 or float64, image ``[D, D]`` (contiguous) and the sum float64.
+        """
+        rows, shift = _rows(rows), shift.contiguous()
+        sums = torch.zeros_like(image[0])
+        _native.scatter(
+            _DTYPES[rows.dtype],
+            torch.get_num_threads(),
+            *rows.shape,
+            _at(rows),
+            shift.data_ptr(),
+            image.data_ptr(),
+            sums.data_ptr(),
+        )
+        return sums
+
 
 def _rows(matrix: Tensor) -> Tensor:
     """The matrix itself if its rows are contiguous, else a contiguous copy."""

@@ -140,6 +140,7 @@ class Loop:
             self.seconds = time.perf_counter() - begin
             bar.update()
         self.history.append(self._row(held_out))
+        bar.set_postfix(self._postfix(self.history[-1]["loss"]), refresh=False)
         self.seconds = time.perf_counter() - begin
         self.step, self.rows = 0, 0
         self.sum.zero_()
@@ -233,7 +234,7 @@ class Loop:
             raise ValueError("validation: expected at least one row, got none")
         return float(total / rows)
 
-    def _postfix(self, loss: Tensor) -> dict[str, str]:
+    def _postfix(self, loss: Tensor | float) -> dict[str, str]:
         shown = {"loss": f"{float(loss):.4g}"}
         if self.history and "certificate" in self.history[-1]:
             shown["certificate"] = f"{self.history[-1]['certificate']:.4f}"

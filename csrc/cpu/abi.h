@@ -76,6 +76,17 @@ struct InputGradientArgs : LayerArgs {
   void *d_input, *d_target;  // contiguous, input's type, or null
 };
 
+// Rows [rows, features] of f32 or f64, and the point they are shifted by in the same type.
+struct ScatterArgs {
+  DType dtype;
+  int threads;
+  int64_t rows, features;
+  Matrix input;
+  const void* shift;
+  double* image;  // [features, features], contiguous; its upper triangle is added to
+  double* sums;   // [features], added to
+};
+
 // Σ R², and the Σ A² it is a share of.
 struct SparseSums {
   double squared_error, energy;
@@ -91,6 +102,7 @@ struct KernelTable {
   double (*step)(const StepArgs&);
   SparseSums (*sparse_step)(const SparseArgs&);
   void (*step_input_gradients)(const InputGradientArgs&);
+  void (*scatter)(const ScatterArgs&);
 };
 
 }  // namespace byol

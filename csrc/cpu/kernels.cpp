@@ -1,5 +1,6 @@
 // All kernels of one instruction set. The build compiles this file once per set, with BYOL_ISA naming it.
 #include "layer.h"
+#include "scatter.h"
 #include "sparse.h"
 #include "squared_error.h"
 #include "step.h"
@@ -48,6 +49,12 @@ const KernelTable table{
     },
     [](const InputGradientArgs& args) {
       with_storage(args.dtype, [&](auto zero) { step_input_gradients<decltype(zero)>(args); });
+    },
+    [](const ScatterArgs& args) {
+      if (args.dtype == DType::f64)
+        Scatter<double>(args).run();
+      else
+        Scatter<float>(args).run();
     },
 };
 

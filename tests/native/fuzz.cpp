@@ -454,14 +454,42 @@ void fuzz_sparse(Case& c) {
   weights.expect(truth, c.tolerance);
 }
 
+void fuzz_scatter(Case& c) {
+  if (c.dtype != DType::f64) c.dtype = DType::f32;
+  c.rows *= 1 + c.random.below(5);
+  const Operand x(c.random, c.dtype, c.rows, c.D, 1), shift(c.random, c.dtype, 1, c.D, 1, false);
+  const Result image(DType::f64, c.D * c.D), sums(DType::f64, c.D);
+  // It adds to what is there.
+  Dense s(c.D), truth(c.D * c.D);
+  for (int64_t i = 0; i < c.D; ++i) static_cast<double*>(sums.data())[i] = s[i] = double(i);
+  for (int64_t i = 0; i < c.D * c.D; ++i) static_cast<double*>(image.data())[i] = truth[i] = double(i % 7);
+  for (int64_t n = 0; n < c.rows; ++n)
+    for (int64_t i = 0; i < c.D; ++i) {
+      const double left = x.at(n, i) - shift.at(0, i);
+      s[i] += left;
+      for (int64_t j = 0; j < c.D; ++j) truth[i * c.D + j] += left * (x.at(n, j) - shift.at(0, j));
+    }
+  ScatterArgs args{};
+  args.dtype = c.dtype, args.threads = c.threads, args.rows = c.rows, args.features = c.D;
+  args.input = x.matrix(), args.shift = shift.memory->as<void>();
+  args.image = static_cast<double*>(image.data()), args.sums = static_cast<double*>(sums.data());
+  kernels().scatter(args);
+  // Nothing is promised of what is below the diagonal.
+  for (int64_t i = 0; i < c.D; ++i)
+    for (int64_t j = 0; j < i; ++j) args.image[i * c.D + j] = truth[i * c.D + j] = 0;
+  image.expect(truth, "image", c.tolerance);
+  sums.expect(s, "sums", c.tolerance);
+  x.check(), shift.check();
+}
+
 void run(uint64_t seed) {
   Case c(seed);
   current = "seed " + std::to_string(seed) + ": dtype " + std::to_string(int(c.dtype)) + ", activation " +
             std::to_string(int(c.activation)) + ", threads " + std::to_string(c.threads) + ", N, D, K, Do = " +
             std::to_string(c.rows) + ", " + std::to_string(c.D) + ", " + std::to_string(c.K) + ", " + std::to_string(c.O) +
             (c.tied ? ", tied" : "");
-  void (*const targets[])(Case&) = {fuzz_squared_error, fuzz_layer, fuzz_step, fuzz_step, fuzz_sparse};
-  targets[c.random.below(5)](c);
+  void (*const targets[])(Case&) = {fuzz_squared_error, fuzz_layer, fuzz_step, fuzz_step, fuzz_sparse, fuzz_scatter};
+  targets[c.random.below(6)](c);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import io
 
 import numpy as np
 import pytest
@@ -97,6 +98,21 @@ def test_too_many_features_for_a_certificate_are_trained_without(monkeypatch):
     assert loss_of(layer, rows) < before
     with pytest.raises(ValueError, match="stop_at: expected few enough features for their covariance, got 512"):
         bf.pretrain(layer.float(), rows, stop_at=1.1)
+
+
+@pytest.mark.parametrize("method", ["exact", "alternate", "joint"])
+def test_the_progress_bar_shows_the_loss_and_the_certificate(digits, monkeypatch, method):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    rows, _ = digits
+    result = bf.pretrain(bf.Bottleneck(64, 6), rows, method=method, epochs=2, optimizer=adam)
+    last_shown = terminal.getvalue().rstrip().rpartition("\r")[2]
+    assert f"loss={result.history[-1]['loss']:.4g}" in last_shown
+    assert f"certificate={result.certificate:.4f}" in last_shown
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "tanh"])

@@ -1,0 +1,127 @@
+// The scatter of rows about a point, and their sum about it; what a covariance is made of:
+//
+//   image += Σ (x − s)(x − s)ᵀ  (its upper triangle),    sums += Σ (x − s).
+//
+// Some hundred rows at a time are shifted and packed into panels, which are both operands: a register tile is R columns of
+// one panel by the C columns of another, and R divides C. Registers sum rows, the image sums in double.
+// Every entry is summed in the same order whatever the number of threads.
+#pragma once
+
+#include <atomic>
+
+#include "operands.h"
+#include "parallel_for.h"
+
+namespace byol::BYOL_ISA {
+
+template <class S>
+class Scatter {
+  typedef S Vector __attribute__((vector_size(BYOL_VECTOR_BYTES), aligned(alignof(S)), may_alias));
+  // The register tile: R by three vectors, about as many accumulators as that of a product, with R a divisor of C.
+  static constexpr int L = kLanes<S>, C = 3 * L, kMost = kTileRows * 2 / 3, R = C % kMost ? kTileRows / 2 : kMost;
+  static_assert(C % R == 0);
+  // Rows between two looks at the image: many hide its traffic, few stay in the cache. A register sums fewer of them, so
+  // that less is lost to rounding.
+  static constexpr int64_t kRows = 512, kSum = 128;
+  // Panels of the left operand that stay in the second-level cache while those of the right operand pass.
+  static constexpr int64_t kLeft = 240 * 1024 / (kRows * C * sizeof(S));
+  static_assert(kLeft > 0);
+
+ public:
+  explicit Scatter(const ScatterArgs& args)
+      : args(args),
+        D(args.features),
+        panels((D + C - 1) / C),
+        threads(int(max(1, min(args.threads, args.rows * D * D / 400000)))),
+        packed(min(kRows, args.rows) * panels * C) {}
+
+  void run() {
+    for (int64_t first = 0; first < args.rows; first += kRows) {
+      const int64_t rows = min(kRows, args.rows - first);
+      next = 0;
+      parallel_for(threads, [&](int) { pack(first, rows); });
+      next = 0;
+      parallel_for(threads, [&](int) { multiply(rows); });
+    }
+  }
+
+ private:
+  // Rows first … first + rows, less the shift; each thread takes the next panel that no other has taken.
+  void pack(int64_t first, int64_t rows) {
+    for (int64_t p; (p = next++) < panels;) pack_panel(first, rows, p);
+  }
+
+  void pack_panel(int64_t first, int64_t rows, int64_t p) {
+    const int64_t col = p * C, cols = min(C, D - col);
+    const S* shift = static_cast<const S*>(args.shift) + col;
+    S* out = packed + p * rows * C;
+    S sum[C] = {};
+    for (int64_t r = 0; r < rows; ++r, out += C) {
+      const S* row = static_cast<const S*>(args.input.data) + (first + r) * args.input.stride + col;
+      __builtin_prefetch(row + 8 * args.input.stride);
+      if (cols == C) {
+        for (int j = 0; j < C; ++j) out[j] = row[j] - shift[j];
+      } else {
+        for (int j = 0; j < C; ++j) out[j] = j < cols ? row[j] - shift[j] : S(0);
+      }
+      for (int j = 0; j < C; ++j) sum[j] += out[j];
+    }
+    for (int64_t j = 0; j < cols; ++j) args.sums[col + j] += double(sum[j]);
+  }
+
+  // The tiles that reach above the diagonal, some left panels times one right panel at a time.
+  void multiply(int64_t rows) {
+    int64_t index = 0, taken = next++;
+    for (int64_t left = 0; left < panels; left += kLeft)
+      for (int64_t right = left; right < panels; ++right) {
+        if (index++ != taken) continue;
+        for (int64_t p = left; p < min(left + kLeft, right + 1); ++p) multiply_panels(rows, p, right);
+        taken = next++;
+      }
+  }
+
+  // image[C·p …, C·q …] += panel pᵀ · panel q.
+  void multiply_panels(int64_t rows, int64_t p, int64_t q) {
+    alignas(64) S sums[C * C] = {};
+    for (int64_t row = 0; row < rows; row += kSum) {
+      const S *a = packed + (p * rows + row) * C, *b = packed + (q * rows + row) * C;
+      for (int c = 0; c < C; c += R) tile(a + c, b, min(kSum, rows - row), sums + c * C);
+    }
+    const int64_t height = min(C, D - p * C), width = min(C, D - q * C);
+    double* image = args.image + p * C * D + q * C;
+    if (height == C && width == C) {
+      for (int i = 0; i < C; ++i)
+        for (int j = 0; j < C; ++j) image[i * D + j] += double(sums[i * C + j]);
+    } else {
+      for (int64_t i = 0; i < height; ++i)
+        for (int64_t j = 0; j < width; ++j) image[i * D + j] += double(sums[i * C + j]);
+    }
+  }
+
+  // sums[0 … R, 0 … C] += Σ over the rows of the outer products of a[0 … R] with b[0 … C].
+  static void tile(const S* a, const S* b, int64_t rows, S* sums) {
+    Vector sum[R][3] = {};
+    for (int64_t r = 0; r < rows; ++r, a += C, b += C) {
+      const Vector* right = reinterpret_cast<const Vector*>(b);
+      const Vector b0 = right[0], b1 = right[1], b2 = right[2];
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i) {
+        const S value = a[i];
+        sum[i][0] += value * b0;
+        sum[i][1] += value * b1;
+        sum[i][2] += value * b2;
+      }
+    }
+    Vector* out = reinterpret_cast<Vector*>(sums);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) out[3 * i] += sum[i][0], out[3 * i + 1] += sum[i][1], out[3 * i + 2] += sum[i][2];
+  }
+
+  const ScatterArgs& args;
+  const int64_t D, panels;
+  const int threads;
+  Buffer<S> packed;
+  std::atomic<int64_t> next{0};
+};
+
+}  // namespace byol::BYOL_ISA
