@@ -188,7 +188,7 @@ class Scatter(Moments):
         self.image.addr_(vector, vector, alpha=weight)
 
     def _eigen(self) -> Spectrum:
-        values, axes = torch.linalg.eigh(self.matrix())
+        values, axes = torch.linalg.eigh(self.image, UPLO="U")
         return Spectrum(values.flip(0), axes.flip(1), float(self.image.trace()))
 
 

@@ -22,7 +22,7 @@ class Scatter {
   static_assert(C % R == 0);
   // Rows between two looks at the image: many hide its traffic, few stay in the cache. A register sums fewer of them, so
   // that less is lost to rounding.
-  static constexpr int64_t kRows = 512, kSum = 128;
+  static constexpr int64_t kRows = 1024, kSum = 128;
   // Panels of the left operand that stay in the second-level cache while those of the right operand pass.
   static constexpr int64_t kLeft = 240 * 1024 / (kRows * C * sizeof(S));
   static_assert(kLeft > 0);
@@ -33,40 +33,40 @@ class Scatter {
         D(args.features),
         panels((D + C - 1) / C),
         threads(int(max(1, min(args.threads, args.rows * D * D / 400000)))),
-        packed(min(kRows, args.rows) * panels * C) {}
+        packed(min(kRows, args.rows) * panels * C), column_sums(panels * C) {}
 
   void run() {
     for (int64_t first = 0; first < args.rows; first += kRows) {
       const int64_t rows = min(kRows, args.rows - first);
-      next = 0;
-      parallel_for(threads, [&](int) { pack(first, rows); });
+      parallel_for(threads, [&](int thread) { pack(first, rows, thread); });
       next = 0;
       parallel_for(threads, [&](int) { multiply(rows); });
     }
   }
 
  private:
-  // Rows first … first + rows, less the shift; each thread takes the next panel that no other has taken.
-  void pack(int64_t first, int64_t rows) {
-    for (int64_t p; (p = next++) < panels;) pack_panel(first, rows, p);
+  // Rows first … first + rows, less the shift: the columns of this thread's panels.
+  void pack(int64_t first, int64_t rows, int thread) {
+    const int64_t begin = share(panels, thread, threads), end = share(panels, thread + 1, threads);
+    S* sums = column_sums + begin * C;
+    std::memset(sums, 0, (end - begin) * C * sizeof(S));
+    for (int64_t r = 0; r < rows; ++r) {
+      const S* row = static_cast<const S*>(args.input.data) + (first + r) * args.input.stride;
+      for (int64_t p = begin; p < end; ++p) pack_row(row, p, packed + (p * rows + r) * C);
+    }
+    for (int64_t j = begin * C; j < min(end * C, D); ++j) args.sums[j] += double(column_sums[j]);
   }
 
-  void pack_panel(int64_t first, int64_t rows, int64_t p) {
+  void pack_row(const S* row, int64_t p, S* out) {
     const int64_t col = p * C, cols = min(C, D - col);
     const S* shift = static_cast<const S*>(args.shift) + col;
-    S* out = packed + p * rows * C;
-    S sum[C] = {};
-    for (int64_t r = 0; r < rows; ++r, out += C) {
-      const S* row = static_cast<const S*>(args.input.data) + (first + r) * args.input.stride + col;
-      __builtin_prefetch(row + 8 * args.input.stride);
-      if (cols == C) {
-        for (int j = 0; j < C; ++j) out[j] = row[j] - shift[j];
-      } else {
-        for (int j = 0; j < C; ++j) out[j] = j < cols ? row[j] - shift[j] : S(0);
-      }
-      for (int j = 0; j < C; ++j) sum[j] += out[j];
+    S* sum = column_sums + col;
+    if (cols == C) {
+      for (int j = 0; j < C; ++j) out[j] = row[col + j] - shift[j];
+    } else {
+      for (int j = 0; j < C; ++j) out[j] = j < cols ? row[col + j] - shift[j] : S(0);
     }
-    for (int64_t j = 0; j < cols; ++j) args.sums[col + j] += double(sum[j]);
+    for (int j = 0; j < C; ++j) sum[j] += out[j];
   }
 
   // The tiles that reach above the diagonal, some left panels times one right panel at a time.
@@ -85,7 +85,15 @@ class Scatter {
     alignas(64) S sums[C * C] = {};
     for (int64_t row = 0; row < rows; row += kSum) {
       const S *a = packed + (p * rows + row) * C, *b = packed + (q * rows + row) * C;
-      for (int c = 0; c < C; c += R) tile(a + c, b, min(kSum, rows - row), sums + c * C);
+      const int64_t count = min(kSum, rows - row);
+      for (int c = 0; c < C; c += R) {
+        S* out = sums + c * C;
+        // On the diagonal, whole vectors below it are left out.
+        const int first = p == q ? c / L : 0;
+        if (first == 0) tile<0>(a + c, b, count, out);
+        if (first == 1) tile<1>(a + c, b, count, out);
+        if (first == 2) tile<2>(a + c, b, count, out);
+      }
     }
     const int64_t height = min(C, D - p * C), width = min(C, D - q * C);
     double* image = args.image + p * C * D + q * C;
@@ -98,7 +106,8 @@ class Scatter {
     }
   }
 
-  // sums[0 … R, 0 … C] += Σ over the rows of the outer products of a[0 … R] with b[0 … C].
+  // sums[0 … R, 0 … C] += Σ over the rows of the outer products of a[0 … R] with b[0 … C], from vector kFirst on.
+  template <int kFirst>
   static void tile(const S* a, const S* b, int64_t rows, S* sums) {
     Vector sum[R][3] = {};
     for (int64_t r = 0; r < rows; ++r, a += C, b += C) {
@@ -107,20 +116,22 @@ class Scatter {
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i) {
         const S value = a[i];
-        sum[i][0] += value * b0;
-        sum[i][1] += value * b1;
+        if (kFirst < 1) sum[i][0] += value * b0;
+        if (kFirst < 2) sum[i][1] += value * b1;
         sum[i][2] += value * b2;
       }
     }
     Vector* out = reinterpret_cast<Vector*>(sums);
 #pragma GCC unroll 16
-    for (int i = 0; i < R; ++i) out[3 * i] += sum[i][0], out[3 * i + 1] += sum[i][1], out[3 * i + 2] += sum[i][2];
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 3
+      for (int j = kFirst; j < 3; ++j) out[3 * i + j] += sum[i][j];
   }
 
   const ScatterArgs& args;
   const int64_t D, panels;
   const int threads;
-  Buffer<S> packed;
+  Buffer<S> packed, column_sums;
   std::atomic<int64_t> next{0};
 };
 
