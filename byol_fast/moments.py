@@ -24,6 +24,8 @@ __all__ = ["Moments", "Scatter", "Sketch", "Spectrum"]
 _Self = TypeVar("_Self", bound="Moments")
 # Columns of the panels that make up the triangle of a product: narrower saves work, wider saves overhead.
 _PANEL = 128
+# Rows after which PyTorch's float32 sums start anew.
+_SUM_ROWS = 4096
 # The mean of this many rows of a block is near enough to the mean of all.
 _SHIFT_ROWS = 256
 
@@ -171,7 +173,12 @@ class Scatter(Moments):
         if scatter is not None:
             return scatter(rows, shift, self.image) / len(rows)
         rows = torch.sub(rows, shift, out=workspace)
-        # Panels of the upper triangle take little more than half the work of the full product.
+        for part in rows.split(_SUM_ROWS):
+            self._add_triangle(part)
+        return rows.mean(dim=0).double()
+
+    def _add_triangle(self, rows: Tensor) -> None:
+        """Add ``rowsᵀ rows``; panels of the upper triangle take little more than half the work of the full product."""
         features = rows.shape[1]
         if self._product.dtype != rows.dtype or self._product.numel() == 0:
             self._product = torch.zeros(features, features, dtype=rows.dtype, device=rows.device)
@@ -179,7 +186,6 @@ class Scatter(Moments):
             stop = start + _PANEL
             torch.mm(rows[:, :stop].T, rows[:, start:stop], out=self._product[:stop, start:stop])
         self.image += self._product
-        return rows.mean(dim=0).double()
 
     def _add_sparse_product(self, rows: Tensor) -> None:
         self.image += torch.sparse.mm(rows.t().to_sparse_csr(), rows).to_dense()
@@ -219,7 +225,9 @@ class Sketch(Moments):
 
     def _add_shifted(self, rows: Tensor, shift: Tensor, workspace: Tensor) -> Tensor:
         rows = torch.sub(rows, shift, out=workspace)
-        self.image += rows.T @ (rows @ self.test.to(rows.dtype))
+        test = self.test.to(rows.dtype)
+        for part in rows.split(_SUM_ROWS):
+            self.image += part.T @ (part @ test)
         self.energy += torch.linalg.vector_norm(rows, dim=0).double().square().sum()
         return rows.mean(dim=0).double()
 

@@ -17,8 +17,8 @@ from .svd import checked_rank, fixed_signs
 
 __all__ = ["Route", "StreamingPCA", "certificate"]
 
-# Fresh float32 sums after at most this many rows; fewer where rows are long, so that a block stays this small.
-_BLOCK_ROWS = 4096
+# Rows that are shifted by the same point; fewer where rows are long, so that a block stays this small.
+_BLOCK_ROWS = 16384
 _BLOCK_BYTES = 1 << 26
 # Up to here the eigenvectors of the covariance take seconds, and its 128 MiB are no burden.
 _COVARIANCE_FEATURES = 4096

@@ -89,9 +89,17 @@ class RowMatrix:
         return torch.from_numpy(rows)
 
     def blocks(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """All rows in order, ``size`` at a time: (index of the first row, block)."""
-        for start in range(0, self.shape[0], size):
-            yield start, self.block(start, min(start + size, self.shape[0]))
+        """All rows in order, ``size`` at a time: (index of the first row, block).
+
+        A block may be overwritten by the next one.
+        """
+        rows, columns = self.shape
+        in_file = isinstance(self.source, FileMatrix)
+        # Fresh memory for every block of a file would cost more than reading it.
+        buffer = torch.empty(min(size, rows), columns, dtype=self.source.dtype) if in_file else None
+        for start in range(0, rows, size):
+            stop = min(start + size, rows)
+            yield start, self.block(start, stop) if buffer is None else self.source.read(start, buffer[: stop - start])
 
 
 def csr_of(matrix: Matrix) -> Matrix:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
+from contract import assert_contract
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from torch.utils.data import DataLoader, TensorDataset
@@ -78,6 +79,20 @@ def test_transform_keeps_the_precision_of_the_rows(digits):
 
 
 # ------------------------------------------------------------------------------------------------- kinds of batches
+
+
+@pytest.mark.parametrize("backend", [name for name in ("reference", "native") if bf.backends()[name].available])
+@pytest.mark.parametrize("dtype", [torch.float32, FLOAT64])
+@pytest.mark.parametrize("shape", [(3, 1), (20000, 3), (37, 23), (1500, 24), (2049, 25), (700, 49), (1100, 100)])
+def test_the_scatter_keeps_the_contract_at_every_width(backend, dtype, shape):
+    rows = torch.randn(shape, dtype=FLOAT64, generator=torch.Generator().manual_seed(0)).add_(3).to(dtype)
+    # Every other column of a wider matrix, so that the rows have to be laid out anew.
+    strided = rows.repeat_interleave(2, dim=1)[:, ::2]
+    with bf.use_backend(backend):
+        for matrix in (rows, strided):
+            covariance = fitted(matrix, 2).covariance_
+            truth = scatter_of(rows) / (len(rows) - 1)
+            assert_contract(covariance.to(dtype), torch.cov(rows.T).reshape(truth.shape), truth, f"{shape} {dtype}")
 
 
 def test_float32_rows_are_as_exact_as_their_products(digits):

@@ -67,9 +67,18 @@ class FileMatrix:
         if not isinstance(rows, slice):
             return self.tensor()[rows]
         start, stop, step = rows.indices(len(self))
-        if step != 1 or not hasattr(os, "preadv"):
+        if step != 1:
             return self.tensor()[rows].clone()
-        block = torch.empty(max(stop - start, 0), *self.shape[1:], dtype=self.dtype)
+        return self.read(start, torch.empty(max(stop - start, 0), *self.shape[1:], dtype=self.dtype))
+
+    def read(self, start: int, block: Tensor) -> Tensor:
+        """Fill the contiguous ``block`` with the rows from ``start`` on, and return it.
+
+        Raises:
+            OSError: the file has become shorter.
+        """
+        if not hasattr(os, "preadv"):
+            return block.copy_(self.tensor()[start : start + len(block)])
         # Read, not mapped: the memory of the process then does not grow by all that it has ever looked at.
         view = bytes_of(block)
         done = 0

@@ -82,20 +82,14 @@ class Scatter {
 
   // image[C·p …, C·q …] += panel pᵀ · panel q.
   void multiply_panels(int64_t rows, int64_t p, int64_t q) {
+    const int64_t height = min(C, D - p * C), width = min(C, D - q * C);
     alignas(64) S sums[C * C] = {};
     for (int64_t row = 0; row < rows; row += kSum) {
       const S *a = packed + (p * rows + row) * C, *b = packed + (q * rows + row) * C;
-      const int64_t count = min(kSum, rows - row);
-      for (int c = 0; c < C; c += R) {
-        S* out = sums + c * C;
-        // On the diagonal, whole vectors below it are left out.
-        const int first = p == q ? c / L : 0;
-        if (first == 0) tile<0>(a + c, b, count, out);
-        if (first == 1) tile<1>(a + c, b, count, out);
-        if (first == 2) tile<2>(a + c, b, count, out);
-      }
+      // Vectors beyond the matrix, and on the diagonal those below it, are left out.
+      for (int c = 0; c < height; c += R)
+        tile(p == q ? c / L : 0, int((width + L - 1) / L), a + c, b, min(kSum, rows - row), sums + c * C);
     }
-    const int64_t height = min(C, D - p * C), width = min(C, D - q * C);
     double* image = args.image + p * C * D + q * C;
     if (height == C && width == C) {
       for (int i = 0; i < C; ++i)
@@ -106,8 +100,15 @@ class Scatter {
     }
   }
 
-  // sums[0 … R, 0 … C] += Σ over the rows of the outer products of a[0 … R] with b[0 … C], from vector kFirst on.
-  template <int kFirst>
+  static void tile(int begin, int end, const S* a, const S* b, int64_t rows, S* sums) {
+    if (end == 1) return tile<0, 1>(a, b, rows, sums);
+    if (end == 2) return begin ? tile<1, 2>(a, b, rows, sums) : tile<0, 2>(a, b, rows, sums);
+    if (begin == 0) return tile<0, 3>(a, b, rows, sums);
+    begin == 1 ? tile<1, 3>(a, b, rows, sums) : tile<2, 3>(a, b, rows, sums);
+  }
+
+  // sums[0 … R, 0 … C] += Σ over the rows of the outer products of a[0 … R] with vectors kBegin … kEnd of b[0 … C].
+  template <int kBegin, int kEnd>
   static void tile(const S* a, const S* b, int64_t rows, S* sums) {
     Vector sum[R][3] = {};
     for (int64_t r = 0; r < rows; ++r, a += C, b += C) {
@@ -116,16 +117,16 @@ class Scatter {
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i) {
         const S value = a[i];
-        if (kFirst < 1) sum[i][0] += value * b0;
-        if (kFirst < 2) sum[i][1] += value * b1;
-        sum[i][2] += value * b2;
+        if (kBegin == 0) sum[i][0] += value * b0;
+        if (kBegin <= 1 && kEnd > 1) sum[i][1] += value * b1;
+        if (kEnd > 2) sum[i][2] += value * b2;
       }
     }
     Vector* out = reinterpret_cast<Vector*>(sums);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 3
-      for (int j = kFirst; j < 3; ++j) out[3 * i + j] += sum[i][j];
+      for (int j = kBegin; j < kEnd; ++j) out[3 * i + j] += sum[i][j];
   }
 
   const ScatterArgs& args;
