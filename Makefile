@@ -64,7 +64,7 @@ triton-offline: $(INSTALLED)
 # with CUDA only: 5 GB of disk. Its interpreter fails on loops with run-time bounds under later versions of numpy.
 triton36:
 	$(PYTHON) -m venv .venv-triton36
-	.venv-triton36/bin/python -m pip install --quiet "torch~=2.11.0" "triton~=3.6.0" "numpy<2.4" tqdm safetensors pytest hypothesis
+	.venv-triton36/bin/python -m pip install --quiet "torch~=2.11.0" "triton~=3.6.0" "numpy<2.4" tqdm safetensors pytest hypothesis expecttest
 	.venv-triton36/bin/python -m pytest -q tests/triton
 
 # Principal components against scikit-learn and PyTorch; fetches Fashion-MNIST, and needs 16 GB of disk for a while.
