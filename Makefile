@@ -48,7 +48,7 @@ bench: $(INSTALLED)
 bench-quick: $(INSTALLED)
 	$(BIN)/python -m bench --quick
 
-# Whole real models, fetched once; half an hour on two cores.
+# Whole real models, fetched once; long.
 bench-compress: $(INSTALLED)
 	$(BIN)/python -m bench.compress
 
@@ -56,7 +56,7 @@ bench-compress: $(INSTALLED)
 gpu:
 	PYTHONPATH=. $(PYTHON) -m bench.gpu
 
-# Every Triton kernel compiled for every architecture, without a GPU: a quarter of an hour on two cores.
+# Every Triton kernel compiled for every architecture, without a GPU: many minutes.
 triton-offline: $(INSTALLED)
 	PYTHONPATH=. $(BIN)/python tests/triton/offline.py
 
