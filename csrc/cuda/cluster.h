@@ -2,9 +2,9 @@
 //
 //   P = X·[Weᵀ, Wd],  Z = f(P₁ + be),  E = Z G − (P₂ − bd Wd),  dU = E ⊙ f′(U),  C += Xᵀ·[Z, dU]
 //
-// A cluster of c blocks takes 64 rows at a time; each block owns 512 columns of X, and keeps its slice of C in registers
-// from the first tile to the last, so X is read from memory exactly once. What crosses blocks is narrow: each pushes its partial
-// P to the owner of the rows (64/c of them a block), which makes their Z and dU and pushes these to all.
+// A cluster of c blocks takes 64 rows at a time; each block owns 512 columns of X, and keeps its slice of C in registers, so X
+// is read from memory exactly once. What crosses blocks is narrow: each pushes its partial P to the owner of the rows (64/c of
+// them a block), which makes their Z and dU and pushes these to all.
 //
 // Layouts (an element is 2 bytes, a box is 64 rows of 128 bytes, its 16-byte pieces permuted by the row: the 128-byte
 // swizzle; the descriptor's stride is that of eight rows, 1024 bytes; every box begins at a multiple of 1024):
@@ -17,10 +17,10 @@
 //   P        slots    float [c, 64/c, 64]                a slot for each block, summed in this order
 //
 // Two warpgroups: of P, one has X Weᵀ and the other X Wd, 16 registers of a thread; of C, each has 4 boxes of columns, 128
-// registers. Waiting, a tile, is for three barriers
-// that count bytes: X has come (copy engine), P has come, Z and dU have come (pushed). They also keep the buffers: a block
-// pushes the next P only when it has all Z and dU, hence after every owner has read its slots; and an owner pushes
-// the next Z only when it has all P, hence after every block is done with the former ones.
+// registers. A tensor core truncates its sums: C is added to memory, and begun afresh, every 4096 rows. Waiting, a tile, is
+// for three barriers that count bytes: X has come (copy engine), P has come, Z and dU have come (pushed). They also keep the
+// buffers: a block pushes the next P only when it has all Z and dU, hence after every owner has read its slots; and an owner
+// pushes the next Z only when it has all P, hence after every block is done with the former ones.
 //
 // Not run on hardware yet: the emulation in tests/ reads the operands as the descriptors say.
 #pragma once
@@ -188,6 +188,25 @@ BYOL_DEVICE void write_sums(const ClusterArgs& args, unsigned char* shared, int 
   }
 }
 
+// Tiles after which C begins afresh.
+constexpr int kFreshTiles = 4096 / ClusterTile::kRows;
+
+// A warpgroup's four boxes of C: stored, or added to what this thread stored before; and begun afresh.
+BYOL_DEVICE void add_sums(float (&c)[4][8][4], float* out, int first_box, bool more) {
+  const int lane = thread() % 32;
+#pragma unroll
+  for (int box = 0; box < 4; ++box)
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int d = (first_box + box) * 64 + thread() / 32 % 4 * 16 + lane / 4 + i / 2 * 8;
+        float& to = out[d * ClusterTile::kWidth + 8 * n + lane % 4 * 2 + i % 2];
+        to = more ? to + c[box][n][i] : c[box][n][i];
+        c[box][n][i] = 0;
+      }
+}
+
 template <class T>
 BYOL_DEVICE void cluster_step(const ClusterKernelArgs& args) {
   using Tile = ClusterTile;
@@ -197,6 +216,7 @@ BYOL_DEVICE void cluster_step(const ClusterKernelArgs& args) {
   Barrier *has_input = barriers, *has_partials = barriers + Tile::kStages, *has_codes = has_partials + 1;
   const int cluster = block_x() / args.cluster, first_column = cluster_rank() * Tile::kColumns, group = thread() / 128;
   const int first_box = group * 4;
+  float* out = args.out + (int64_t(cluster) * args.cluster * Tile::kColumns + first_column) * Tile::kWidth;
 
   if (thread() == 0) {
     for (int i = 0; i < Tile::kStages + 2; ++i) barrier_init(barriers + i, 1);
@@ -257,22 +277,10 @@ BYOL_DEVICE void cluster_step(const ClusterKernelArgs& args) {
           wgmma<T, true>(c[box], a, wgmma_descriptor(shared_address(codes) + 2048 * k));
         }
       wgmma_end();
+      const bool last = cluster + (i + 1) * args.clusters >= args.tiles;
+      if (last || i % kFreshTiles == kFreshTiles - 1) add_sums(c, out, first_box, i >= kFreshTiles);
     }
     sync();
-  }
-
-  const int lane = thread() % 32;
-  float* out = args.out + (int64_t(cluster) * args.cluster * Tile::kColumns + first_column) * Tile::kWidth;
-  if (args.gradients) {
-#pragma unroll
-    for (int box = 0; box < 4; ++box)
-#pragma unroll
-      for (int n = 0; n < 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int d = (first_box + box) * 64 + thread() / 32 % 4 * 16 + lane / 4 + i / 2 * 8;
-          out[d * Tile::kWidth + 8 * n + lane % 4 * 2 + i % 2] = c[box][n][i];
-        }
   }
   write_sums(args, shared, cluster, first_column, sums);
   // No block leaves while another may still push to it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +76,27 @@ def test_single_pass_and_two_passes_agree(single_pass: None, emulated: Cuda, mon
     twice = results(bf.bottleneck_mse_loss, operands)
     for name in once:
         assert (once[name] - twice[name]).norm() <= 4e-3 * twice[name].norm(), name
+
+
+def test_sums_begin_afresh_every_4096_rows(single_pass: None, emulated: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then those of all rows are, to the last bit, those of the first 4096 and of the rest, added in float32."""
+    step = emulated._module.step
+
+    def on_one_processor(where: tuple[int, int, bool], *arguments: object) -> int:
+        size: int = step((where[0], where[1], 1, where[3]), *arguments)
+        return size
+
+    monkeypatch.setattr(emulated, "_module", SimpleNamespace(step=on_one_processor))
+    operands = make_operands(rows=4096 + 64, in_features=16, rank=3, dtype=torch.bfloat16)
+    weights = (operands.encoder_weight, operands.decoder_weight, operands.encoder_bias, operands.decoder_bias)
+
+    def encoder_gradient(rows: torch.Tensor) -> torch.Tensor:
+        gradient = emulated.step(rows, None, *weights, "identity", (True, False, False, False), False)[1]
+        assert gradient is not None
+        return gradient
+
+    x = operands.input
+    assert torch.equal(encoder_gradient(x), encoder_gradient(x[:4096]) + encoder_gradient(x[4096:]))
 
 
 def test_single_pass_does_not_depend_on_the_order_of_threads(
