@@ -137,12 +137,13 @@ PYBIND11_MODULE(BYOL_MODULE, module) {
   module.def("no_device", &no_device, "Why no kernel can run on this machine, or an empty string.");
   module.def(
       "plan_cluster",
-      [](int64_t rows, int64_t features, int rank, int multiprocessors) {
-        const ClusterPlan plan = plan_cluster(rows, features, rank, multiprocessors);
+      [](int64_t rows, int64_t features, int rank, bool tied, int multiprocessors) {
+        const ClusterPlan plan = plan_cluster(rows, features, rank, tied, multiprocessors);
         return std::tuple(plan.cluster, plan.clusters, plan.tiles);
       },
       "Blocks of a cluster, clusters and tiles of rows of the single-pass step; zeros where it does not fit.");
   module.def("swizzled", [](int row, int column) { return swizzled(row, column, 64); });
+  module.def("slot_byte", &slot_byte);
   module.def("wgmma_descriptor", &wgmma_descriptor);
   module.def("squared_error", &squared_error);
   module.def("squared_error_backward", &squared_error_backward);

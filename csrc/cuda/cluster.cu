@@ -5,11 +5,11 @@ namespace byol::cuda {
 
 #if defined(BYOL_EMULATE)
 
-template <class T>
+template <class T, int Kp>
 void launch_cluster(const ClusterArgs& args, const Source& input, cudaStream_t stream) {
   const TensorMap map{static_cast<const uint16_t*>(input.data), input.columns, input.rows, input.stride};
-  launch(cluster_kernel<T>, args.clusters * args.cluster, 1, kThreads, ClusterTile::kShared, stream,
-         ClusterKernelArgs{args, map}, args.cluster);
+  launch(cluster_kernel<T, Kp>, args.plan.clusters * args.plan.cluster, 1, kThreads, ClusterTile::kShared, stream,
+         ClusterKernelArgs{args, map}, args.plan.cluster);
 }
 
 #else
@@ -38,29 +38,31 @@ static CUtensorMap tensor_map(const Source& input) {
   return map;
 }
 
-template <class T>
+template <class T, int Kp>
 void launch_cluster(const ClusterArgs& args, const Source& input, cudaStream_t stream) {
   const ClusterKernelArgs kernel_args{args, tensor_map<T>(input)};
-  const void* kernel = reinterpret_cast<const void*>(cluster_kernel<T>);
+  const void* kernel = reinterpret_cast<const void*>(cluster_kernel<T, Kp>);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ClusterTile::kShared));
   // Above eight blocks a cluster is not portable, and has to be asked for.
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {unsigned(args.cluster), 1, 1};
+  attribute.val.clusterDim = {unsigned(args.plan.cluster), 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(args.clusters * args.cluster));
+  config.gridDim = dim3(unsigned(args.plan.clusters * args.plan.cluster));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = ClusterTile::kShared;
   config.stream = stream;
   config.attrs = &attribute, config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, cluster_kernel<T>, kernel_args));
+  check(cudaLaunchKernelEx(&config, cluster_kernel<T, Kp>, kernel_args));
 }
 
 #endif
 
-
-template void launch_cluster<Bf16>(const ClusterArgs&, const Source&, cudaStream_t);
-template void launch_cluster<Fp16>(const ClusterArgs&, const Source&, cudaStream_t);
+#define BYOL_CLUSTER(type, width) template void launch_cluster<type, width>(const ClusterArgs&, const Source&, cudaStream_t)
+BYOL_CLUSTER(Bf16, 32);
+BYOL_CLUSTER(Bf16, 64);
+BYOL_CLUSTER(Fp16, 32);
+BYOL_CLUSTER(Fp16, 64);
 
 }  // namespace byol::cuda

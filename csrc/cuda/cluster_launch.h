@@ -7,22 +7,22 @@
 namespace byol::cuda {
 
 struct ClusterArgs {
-  int64_t rows, tiles;
-  int features, rank, cluster, clusters;
+  int64_t rows;
+  ClusterPlan plan;
+  int features, rank;
   Activation activation;
-  Source encoder, decoder;     // packed [32, Dp]
+  Source encoder, decoder;     // packed [Kp, Dp]
   const float *encoder_bias, *decoder_bias, *gram;
   const double* offset;
-  bool gradients;
   float *code, *slope;         // [rows, rank] or null
   float* out;                  // [clusters, 512 c, 64]
   double* column_sums;         // [clusters, 512 c]: Σ (t − bd)
   double* sums;                // [clusters·c, sum_count]
-  float* products;             // [clusters·c, 32, 64]: ZᵀZ
+  void* codes;                 // [rows, CodeTile::kParts · Kp] or null
 };
 
-// Of Bf16 and Fp16.
-template <class T>
+// Of Bf16 and Fp16; Kp is 32, or 64 for tied weights.
+template <class T, int Kp>
 void launch_cluster(const ClusterArgs& args, const Source& input, cudaStream_t stream);
 
 }  // namespace byol::cuda

@@ -1,21 +1,27 @@
 // The second pass: long sums over the rows, for a tile of columns and a share of the rows,
 //
-//   C = Leftᵀ·[Z, dU]    with Left = X, T, dY, or [Z lo, Z] for ZᵀZ,
+//   C = Leftᵀ·[first, second]    of X or T or dY with [Z, dU] or one of them; tied, of X with V; of [Z lo, Z] with Z for ZᵀZ,
+//                                or with [Z, Z′ − Z] for ZᵀZ′ (rows.h)
 //
 // and Σ (t − bd) beside it. Shares are added in a fixed order by finish.h: no atomic sums, so results repeat bit by bit.
-// In rows of tiles in direct form, T is replaced by S = T − bd − Z Wdᵀ = −R in shared memory, and ZᵀZ leaves them out.
+// In rows of tiles in direct form, T is replaced by S = T − bd − Z Wdᵀ = −R in shared memory, ZᵀZ leaves them out, and V is dU:
+// there, and there only, X has a product with Z of its own.
 #pragma once
 
 #include "rows.h"
 
 namespace byol::cuda {
 
-// One left matrix, and which halves of [Z, dU] it is multiplied with.
+// The form of the tiles of rows in which a product is made.
+enum class Form : int { any, gram, direct };
+
+// One left matrix, and what it is multiplied with: one or two parts of the codes, side by side.
 struct ColumnsJob {
-  Source left{};
-  bool code = false, slope = false;
-  bool is_target = false;         // direct form: S instead of T
-  bool is_code = false;           // direct form: left out
+  Source left{}, right{};
+  bool first = false, second = false;
+  int second_column = 0;          // of right
+  Form first_form = Form::any;
+  bool is_target = false;         // direct form: S instead of T, in the first product
   const float* bias = nullptr;    // of Σ (t − bd); null: none
   int tiles = 0;                  // of columns
   float* out = nullptr;           // [splits, tiles·kColumns, 2 Kp]
@@ -27,7 +33,6 @@ constexpr int kMaxJobs = 3;
 struct ColumnsArgs {
   ColumnsJob jobs[kMaxJobs];
   int64_t rows, rows_per_split;
-  const void* codes;
   const int* direct;  // by row tile of the first pass, or null
   Source decoder;     // direct form
   const float* decoder_bias;
@@ -56,11 +61,10 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(const __grid_constant
   const int first_column = tile * Tile::kColumns;
   const int64_t begin = block_y() * args.rows_per_split, end = smaller(begin + args.rows_per_split, args.rows);
   T* stages = reinterpret_cast<T*>(shared_memory());
-  const Source codes{static_cast<const T*>(args.codes) + (kCodeTerms<T> - 1) * Kp, kCodesWidth<T, Kp>, args.rows, 2 * Kp, true};
   const int warp_row = Tile::warp_row(), warp_column = Tile::warp_column(Kp);
   const int column = thread() % Tile::kColumns, part = thread() / Tile::kColumns;
 
-  float code_sum[kColumns / 8][4] = {}, slope_sum[kColumns / 8][4] = {};
+  float first_sum[kColumns / 8][4] = {}, second_sum[kColumns / 8][4] = {};
   double column_sum = 0;
   const float bias = job.bias && first_column + column < job.left.columns ? job.bias[first_column + column] : 0.0f;
   const int steps = int(ceil_div(end - begin, Tile::kDepth));
@@ -69,7 +73,8 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(const __grid_constant
       T* left = stages + i % Tile::kStages * Tile::kStage;
       const int64_t row = begin + int64_t(i) * Tile::kDepth;
       load_tile<T, Tile::kDepth, Tile::kColumns, kThreads>(left, Tile::kLeftStride, job.left, row, first_column);
-      load_tile<T, Tile::kDepth, 2 * Kp, kThreads>(left + Tile::kDepth * Tile::kLeftStride, Tile::kRightStride, codes, row, 0);
+      load_tile<T, Tile::kDepth, 2 * Kp, kThreads>(left + Tile::kDepth * Tile::kLeftStride, Tile::kRightStride, job.right,
+                                                 row, 0);
     }
     copy_commit();
   };
@@ -83,9 +88,9 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(const __grid_constant
     const T* right = left + Tile::kDepth * Tile::kLeftStride;
     const int64_t row = begin + int64_t(i) * Tile::kDepth;
     const bool direct = args.direct && args.direct[row / Rows<Kp>::kRows];
-    if (job.slope)
-      multiply<T, true, true, Tile::kDepth, kColumns>(slope_sum, left + warp_row, Tile::kLeftStride, right + Kp + warp_column,
-                                                      Tile::kRightStride);
+    if (job.second)
+      multiply<T, true, true, Tile::kDepth, kColumns>(second_sum, left + warp_row, Tile::kLeftStride,
+                                                      right + job.second_column + warp_column, Tile::kRightStride);
     if constexpr (sizeof(T) == 4) {
       if (direct && job.is_target) {
         sync();
@@ -102,8 +107,8 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(const __grid_constant
         sync();
       }
     }
-    if (job.code && !(direct && job.is_code))
-      multiply<T, true, true, Tile::kDepth, kColumns>(code_sum, left + warp_row, Tile::kLeftStride, right + warp_column,
+    if (job.first && job.first_form != (direct ? Form::gram : Form::direct))
+      multiply<T, true, true, Tile::kDepth, kColumns>(first_sum, left + warp_row, Tile::kLeftStride, right + warp_column,
                                                       Tile::kRightStride);
     if (job.column_sums) {
       float sum = 0;
@@ -121,8 +126,8 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(const __grid_constant
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float* to = out + (warp_row + lane / 4 + i / 2 * 8) * (2 * Kp) + warp_column + 8 * n + lane % 4 * 2 + i % 2;
-      if (job.code) to[0] = code_sum[n][i];
-      if (job.slope) to[Kp] = slope_sum[n][i];
+      if (job.first) to[0] = first_sum[n][i];
+      if (job.second) to[Kp] = second_sum[n][i];
     }
   if (!job.column_sums) return;
   double* scratch = reinterpret_cast<double*>(shared_memory());

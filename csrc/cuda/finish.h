@@ -1,7 +1,7 @@
 // The end of a call: partial sums are added in double, in a fixed order, and turned into gradients.
 //
 //   step      dWe = dUᵀX,  dWd = Wd (ZᵀZ) − TᵀZ + bd (Σz)ᵀ,  dbe = Σ dU,  dbd = Wd Σz − Σ (t − bd)
-//             (tied: dWe + dWdᵀ in place of dWe)
+//             (tied: dWe + dWdᵀ in place of dWe; combined, dUᵀX − ZᵀX comes as VᵀX and ZᵀZ as ZᵀZ′)
 //   backward  dWe = dUᵀX,  dWd = dYᵀZ,  dbe = Σ dU,  dbd = Σ dY
 //
 // The terms of dWd cancel as the residual falls, which is why these small sums are made in double.
@@ -19,13 +19,13 @@ struct FinishArgs {
   int64_t row_tiles;
   int splits;
   const double* sums;     // [row_tiles, sum_count] of the first pass
-  const float* products;  // [product_splits, product_rows, 2 Kp]: the left rows are Z lo, then Z
-  int product_splits, product_rows, code_terms;
+  const float* products;  // [product_splits, product_rows, 2 Kp]: the left rows are Z lo, then Z; null: no ZᵀZ
+  int product_splits, product_rows, code_terms, product_parts;
   double* totals;         // [sum_count]
   double* gram;           // [Kp, Kp]: ZᵀZ
-  const float* input_sums;   // [splits, input_columns, 2 Kp]; its halves: Z, dU
+  const float* input_sums;   // [splits, input_columns, sums_width]: Z at 0, dU (combined: V) at slope_column
   const float* target_sums;
-  int input_columns, target_columns;
+  int input_columns, target_columns, sums_width, slope_column;
   const double* column_sums;  // [splits, target_columns] or null
   Source decoder;             // packed [Kp, Dp]
   const float* decoder_bias;
@@ -43,7 +43,8 @@ static __global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const __g
     double sum = 0;
     for (int split = 0; split < args.product_splits; ++split)
       for (int term = 0; term < args.code_terms; ++term)
-        sum += double(args.products[(int64_t(split) * args.product_rows + term * Kp + j) * 2 * Kp + k]);
+        for (int part = 0; part < args.product_parts; ++part)
+          sum += double(args.products[((int64_t(split) * args.product_rows + term * Kp + j) * 2 + part) * Kp + k]);
     args.gram[i] = sum;
     return;
   }
@@ -90,8 +91,8 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
   if (k >= args.rank) return;
   double decoder = 0;
   if (d < args.out_features && (args.out.decoder_weight || args.tied)) {
-    decoder = args.target_sums ? split_sum(args.target_sums, args.splits, args.target_columns, 2 * Kp, d, k) : 0.0;
-    if (args.is_step && args.target_sums) {
+    decoder = args.target_sums ? split_sum(args.target_sums, args.splits, args.target_columns, args.sums_width, d, k) : 0.0;
+    if (args.is_step && args.products) {
       decoder = -decoder;
       for (int j = 0; j < args.rank; ++j) decoder += double(to_float(*at<T>(args.decoder, j, d))) * args.gram[j * Kp + k];
       decoder += double(args.decoder_bias[d]) * code_total[Kp + k];
@@ -99,7 +100,8 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
     if (args.out.decoder_weight) args.out.decoder_weight[int64_t(d) * args.rank + k] = float(decoder);
   }
   if (d < args.in_features && args.out.encoder_weight) {
-    const double encoder = split_sum(args.input_sums, args.splits, args.input_columns, 2 * Kp, d, Kp + k);
+    const double encoder =
+        split_sum(args.input_sums, args.splits, args.input_columns, args.sums_width, d, args.slope_column + k);
     args.out.encoder_weight[int64_t(k) * args.in_features + d] = float(encoder + (args.tied ? decoder : 0.0));
   }
 }

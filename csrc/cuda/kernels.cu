@@ -79,6 +79,7 @@ RowsArgs rows_args(Mode mode, const LayerArgs& args, const Matrix& target, bool 
   RowsArgs rows{};
   rows.mode = mode, rows.activation = Activation(args.activation);
   rows.tied = !args.decoder_weight.data, rows.separate = separate;
+  rows.combined = mode == Mode::step && rows.tied && !separate;
   rows.rank = args.rank, rows.rows = args.rows;
   rows.input = source(args.input, args.rows, args.in_features);
   rows.target = separate ? source(target, args.rows, args.out_features) : rows.input;
@@ -112,20 +113,58 @@ FinishArgs finish_args(const LayerArgs& args, const Weights<Kp>& weights, const 
   finish.in_features = args.in_features, finish.out_features = args.out_features;
   finish.rank = args.rank, finish.padded_rank = Kp;
   finish.decoder = weights.decoder, finish.decoder_bias = weights.decoder_bias;
+  finish.sums_width = 2 * Kp, finish.slope_column = Kp;
   finish.out = out;
   return finish;
+}
+
+// The codes in memory, [rows, parts · Kp], as operands.
+template <int Kp>
+struct Codes {
+  const void* data;
+  int64_t rows;
+  int parts;
+
+  Source part(int first, int count) const {
+    return {static_cast<const T*>(data) + first * Kp, parts * Kp, rows, count * Kp, true};
+  }
+  // The job that makes ZᵀZ or, of two parts, ZᵀZ′.
+  ColumnsJob products(int count) const {
+    return {part(0, kCodeTerms<T>), part(kCodeTerms<T> - 1, count), true, count == 2, Kp, Form::gram};
+  }
+};
+
+// Tiles of a job, and its columns rounded up to whole ones.
+template <int Kp>
+int set_tiles(ColumnsJob& job) {
+  return job.tiles = int(ceil_div(job.left.columns, ColumnTile<T, Kp>::kColumns));
+}
+template <int Kp>
+int width_of(const ColumnsJob& job) {
+  return job.tiles * ColumnTile<T, Kp>::kColumns;
+}
+
+// About two blocks for each multiprocessor; a split is whole row tiles, so that each step has one flag. Returns the splits.
+int split_rows(ColumnsArgs& columns, int tiles, const Where& where) {
+  const int64_t most = ceil_div(columns.rows, 128), wanted = ceil_div(2 * where.multiprocessors, tiles);
+  columns.rows_per_split = ceil_div(most, smaller(wanted, most)) * 128;
+  return int(ceil_div(columns.rows, columns.rows_per_split));
+}
+
+template <int Kp>
+void launch_columns(const ColumnsArgs& columns, int tiles, int splits, const Where& where) {
+  launch(columns_kernel<T, Kp>, tiles, splits, kThreads, ColumnTile<T, Kp>::kShared, stream_of(where), columns);
 }
 
 // The second pass and the end of a call.
 template <int Kp>
 class Gradients {
-  using Tile = ColumnTile<T, Kp>;
 
  public:
   Gradients(const LayerArgs& args, const Weights<Kp>& weights, const WeightGradients& out, bool is_step, const RowsArgs& rows)
       : columns{}, finish(finish_args<Kp>(args, weights, out, is_step)) {
     wants_code = finish.tied ? out.encoder_weight : out.decoder_weight;
-    columns.rows = args.rows, columns.codes = rows.codes, columns.direct = rows.direct;
+    columns.rows = args.rows, columns.direct = rows.direct;
     columns.decoder = weights.decoder, columns.decoder_bias = weights.decoder_bias;
     finish.code_terms = kCodeTerms<T>;
     finish.row_tiles = ceil_div(args.rows, RowTile<T, Kp>::kRows);
@@ -136,19 +175,23 @@ class Gradients {
     const bool slope = finish.out.encoder_weight, sums = finish.out.decoder_bias;
     const bool joint = finish.is_step && !rows.separate;
     int target = -1, input = -1, products = -1;
-    if (joint && (wants_code || slope || sums)) target = input = add({rows.input, wants_code, slope, true});
-    if (!joint && slope) input = add({rows.input, false, true, false});
-    if (!joint && (wants_code || sums)) target = add({rows.target, wants_code, false, finish.is_step});
-    if (finish.is_step && wants_code)
-      products = add({{rows.codes, kCodesWidth<T, Kp>, rows.rows, kCodeTerms<T> * Kp, true}, true, false, false, true});
-    int tiles = 0;
-    for (int i = 0; i < jobs; ++i) tiles += columns.jobs[i].tiles = int(ceil_div(columns.jobs[i].left.columns, Tile::kColumns));
-    if (jobs) {
-      // About two blocks for each multiprocessor; a split is whole row tiles, so that each step has one flag.
-      const int64_t most = ceil_div(rows.rows, 128), wanted = ceil_div(2 * where.multiprocessors, tiles);
-      columns.rows_per_split = ceil_div(most, smaller(wanted, most)) * 128;
-      finish.splits = int(ceil_div(rows.rows, columns.rows_per_split));
+    const int parts = code_parts<T>(rows.combined), code = kCodeTerms<T> - 1;
+    const Codes<Kp> codes{rows.codes, rows.rows, parts};
+    // Tiles in direct form, which only float has, need Z to make S of T; combined, they alone multiply it with X.
+    constexpr bool kDirect = sizeof(T) == 4;
+    const bool apart = wants_code && (kDirect || !rows.combined), beside = apart || kDirect;
+    if (joint && (wants_code || slope || sums))
+      target = input = add({rows.input, beside ? codes.part(code, 2) : codes.part(parts - 1, 1), apart, slope, beside ? Kp : 0,
+                            rows.combined ? Form::direct : Form::any, true});
+    if (!joint && slope) input = add({rows.input, codes.part(parts - 1, 1), false, true});
+    if (!joint && (wants_code || sums))
+      target = add({rows.target, codes.part(code, 1), wants_code, false, 0, Form::any, finish.is_step});
+    if (finish.is_step && wants_code) {
+      finish.product_parts = rows.combined ? parts - 1 - code : 1;
+      products = add(codes.products(finish.product_parts));
     }
+    for (int i = 0; i < jobs; ++i) tiles += set_tiles<Kp>(columns.jobs[i]);
+    if (jobs) finish.splits = split_rows(columns, tiles, where);
     for (int i = 0; i < jobs; ++i) columns.jobs[i].out = space.take<float>(int64_t(finish.splits) * width(i) * 2 * Kp);
     if (sums) {
       finish.column_sums = columns.jobs[target].column_sums = space.take<double>(int64_t(finish.splits) * width(target));
@@ -156,15 +199,14 @@ class Gradients {
     }
     if (input >= 0) finish.input_sums = columns.jobs[input].out, finish.input_columns = width(input);
     if (target >= 0) finish.target_columns = width(target);
-    if (target >= 0 && wants_code) finish.target_sums = columns.jobs[target].out;
+    if (target >= 0 && columns.jobs[target].first) finish.target_sums = columns.jobs[target].out;
     if (products >= 0) finish.products = columns.jobs[products].out, finish.product_rows = width(products), finish.product_splits = finish.splits;
     finish.totals = space.take<double>(sum_count(Kp));
     finish.gram = space.take<double>(Kp * Kp);
-    grid = tiles;
   }
 
   void launch_on(const Where& where) const {
-    if (jobs) launch(columns_kernel<T, Kp>, grid, finish.splits, kThreads, Tile::kShared, stream_of(where), columns);
+    if (jobs) launch_columns<Kp>(columns, tiles, finish.splits, where);
     launch_finish<Kp>(finish, jobs > 0, where);
   }
 
@@ -175,45 +217,57 @@ class Gradients {
     columns.jobs[jobs] = job;
     return jobs++;
   }
-  int width(int job) const { return columns.jobs[job].tiles * Tile::kColumns; }
+  int width(int job) const { return width_of<Kp>(columns.jobs[job]); }
 
   ColumnsArgs columns;
   FinishArgs finish;
   bool wants_code;
-  int jobs = 0, grid = 0;
+  int jobs = 0, tiles = 0;
 };
 
-// The step in one pass over X, where it fits.
+// The step in one pass over X, where it fits; ZᵀZ follows.
+template <int Kp>
 size_t single_pass_step(const StepArgs& args, const ClusterPlan& plan, const Where& where) {
-  using Tile = ClusterTile;
-  constexpr int Kp = Tile::kRank;
+  using Tile = CodeTile<Kp>;
   Workspace space(where);
-  // Q is read off a product of its own, tied or not, which has no encoder bias in it.
+  // The bias is added to what has come from all blocks: Q is read off a product without it, tied or not.
   const Weights<Kp> weights(args, true, true, space);
-  const int blocks = plan.cluster * plan.clusters, columns = plan.cluster * Tile::kColumns;
+  FinishArgs finish = finish_args<Kp>(args, weights, args.d_weights, true);
+  const bool wants_code = finish.tied ? finish.out.encoder_weight : finish.out.decoder_weight;
+  const int blocks = plan.cluster * plan.clusters, columns = plan.cluster * ClusterTile::kColumns;
   ClusterArgs cluster{};
-  cluster.rows = args.rows, cluster.tiles = plan.tiles;
+  cluster.rows = args.rows, cluster.plan = plan;
   cluster.features = args.in_features, cluster.rank = args.rank;
-  cluster.cluster = plan.cluster, cluster.clusters = plan.clusters;
   cluster.activation = Activation(args.activation);
   cluster.encoder = weights.encoder, cluster.decoder = weights.decoder;
   cluster.encoder_bias = weights.encoder_bias, cluster.decoder_bias = weights.decoder_bias;
   cluster.gram = weights.gram, cluster.offset = weights.offset;
-  cluster.gradients = true, cluster.code = args.code, cluster.slope = args.code_gradient;
-  cluster.out = space.take<float>(int64_t(plan.clusters) * columns * Tile::kWidth);
+  cluster.code = args.code, cluster.slope = args.code_gradient;
+  cluster.out = space.take<float>(int64_t(plan.clusters) * columns * ClusterTile::kWidth);
   cluster.column_sums = space.take<double>(int64_t(plan.clusters) * columns);
   cluster.sums = space.take<double>(int64_t(blocks) * sum_count(Kp));
-  cluster.products = space.take<float>(int64_t(blocks) * Kp * Tile::kWidth);
-  FinishArgs finish = finish_args<Kp>(args, weights, args.d_weights, true);
+  if (wants_code) cluster.codes = space.take<T>(args.rows * Tile::kParts * Kp);
   finish.row_tiles = blocks, finish.sums = cluster.sums, finish.total = args.total;
-  finish.splits = plan.clusters, finish.input_sums = finish.target_sums = cluster.out;
-  finish.input_columns = finish.target_columns = columns, finish.column_sums = cluster.column_sums;
-  finish.products = cluster.products, finish.product_splits = blocks, finish.product_rows = Kp, finish.code_terms = 1;
+  finish.splits = plan.clusters, finish.input_columns = finish.target_columns = columns;
+  finish.column_sums = cluster.column_sums, finish.input_sums = cluster.out;
+  // A pair has XᵀZ apart; V = dU − Z has it in it. The halves of 2·Kp = 64 columns, or all 64 of Kp.
+  finish.target_sums = Tile::kTied ? nullptr : cluster.out;
+  finish.slope_column = Tile::kTied ? 0 : Kp, finish.sums_width = ClusterTile::kWidth;
+
+  ColumnsArgs products{};
+  products.rows = args.rows;
+  const Codes<Kp> codes{cluster.codes, args.rows, Tile::kParts};
+  products.jobs[0] = codes.products(Tile::kParts - 1);
+  const int tiles = set_tiles<Kp>(products.jobs[0]);
+  finish.product_splits = split_rows(products, tiles, where);
+  finish.product_rows = width_of<Kp>(products.jobs[0]), finish.product_parts = Tile::kParts - 1, finish.code_terms = kCodeTerms<T>;
+  if (wants_code)
+    finish.products = products.jobs[0].out = space.take<float>(int64_t(finish.product_splits) * finish.product_rows * 2 * Kp);
   finish.totals = space.take<double>(sum_count(Kp)), finish.gram = space.take<double>(Kp * Kp);
   if (space.counts_only()) return space.size();
   weights.launch_on(where);
-  const Source input = source(args.input, args.rows, args.in_features);
-  if constexpr (sizeof(T) == 2) launch_cluster<T>(cluster, input, stream_of(where));
+  launch_cluster<T, Kp>(cluster, source(args.input, args.rows, args.in_features), stream_of(where));
+  if (wants_code) launch_columns<Kp>(products, tiles, finish.product_splits, where);
   launch_finish<Kp>(finish, true, where);
   return space.size();
 }
@@ -221,14 +275,17 @@ size_t single_pass_step(const StepArgs& args, const ClusterPlan& plan, const Whe
 // In one pass if the device and the problem allow it and there are gradients to gain by it.
 ClusterPlan single_pass_plan(const StepArgs& args, const Where& where) {
   const bool gradients = args.d_weights.encoder_weight || args.d_weights.decoder_weight;
-  if (sizeof(T) != 2 || !where.single_pass || args.target.data || !gradients) return {};
+  if (!where.single_pass || args.target.data || !gradients) return {};
   if (!is_aligned(args.input.data, args.input.stride)) return {};
-  return plan_cluster(args.rows, args.in_features, args.rank, where.multiprocessors);
+  return plan_cluster(args.rows, args.in_features, args.rank, !args.decoder_weight.data, where.multiprocessors);
 }
 
 template <int Kp>
 size_t step_of_rank(const StepArgs& args, const Where& where) {
-  if (const ClusterPlan plan = single_pass_plan(args, where); plan.cluster) return single_pass_step(args, plan, where);
+  // Of Kp = 16 it takes the tile of 32.
+  if constexpr (sizeof(T) == 2 && Kp <= ClusterTile::kTiedRank)
+    if (const ClusterPlan plan = single_pass_plan(args, where); plan.cluster)
+      return single_pass_step<larger_of(Kp, ClusterTile::kPairRank)>(args, plan, where);
   Workspace space(where);
   const bool separate = args.target.data;
   const Weights<Kp> weights(args, true, separate, space);
@@ -237,7 +294,7 @@ size_t step_of_rank(const StepArgs& args, const Where& where) {
   // The second pass reads it as an operand even where it only adds up Σ (t − bd).
   const WeightGradients& d = args.d_weights;
   if (d.encoder_weight || d.decoder_weight || d.decoder_bias)
-    rows.codes = space.take<T>(args.rows * kCodesWidth<T, Kp>);
+    rows.codes = space.take<T>(args.rows * code_parts<T>(rows.combined) * Kp);
   rows.code = args.code, rows.slope = args.code_gradient;
   rows.sums = space.take<double>(tiles * sum_count(Kp));
   rows.direct = sizeof(T) == 4 ? space.take<int>(tiles) : nullptr;
@@ -282,7 +339,7 @@ size_t backward_of_rank(const BackwardArgs& args, const Where& where) {
   RowsArgs rows = rows_args<Kp>(Mode::backward, args, args.grad, true, weights);
   const int64_t tiles = ceil_div(args.rows, RowTile<T, Kp>::kRows);
   // Read as an operand even where no product with it is wanted.
-  rows.codes = space.take<T>(args.rows * kCodesWidth<T, Kp>);
+  rows.codes = space.take<T>(args.rows * code_parts<T>(false) * Kp);
   rows.preactivation = args.preactivation;
   rows.slope = args.d_input ? space.take<float>(args.rows * args.rank) : nullptr;
   rows.sums = args.preactivation ? space.take<double>(tiles * sum_count(Kp)) : nullptr;

@@ -5,7 +5,10 @@
 //   forward   U and Z, then  Y = Z Wdᵀ + bd (+ X)  of the same rows, Z never leaving shared memory
 //   backward  dZ = dY Wd,  dU = dZ ⊙ f′(U),  with U from the forward pass
 //
-// When T is X, U and Q come from one reading of X; tied weights need no second product, Q = U − be − bd Wd.
+// When T is X, U and Q come from one reading of X; tied weights need no second product, Q = U − be − bd Wd, and none in the
+// second pass, which multiplies X with V = dU − Z at once (combined). What V loses when it is rounded must not be lost of dU,
+// nor be multiplied with all of X: it is booked to Z, as Z′ = dU − V, and the second pass makes ZᵀZ′. Then
+// VᵀX + (ZᵀZ′)ᵀWe = dUᵀX + Z′ᵀR, and the rounding is multiplied with the residual alone.
 //
 // Direct form, for float tiles whose Σ R² is a share below τ of Σ t² (there the Gram form would cancel): with the tile's Z at
 // hand, R = Z Wdᵀ + bd − T chunk of columns by chunk, Σ R², E = R Wd. The second pass reads the tile's flag. The
@@ -27,6 +30,7 @@ struct RowsArgs {
   Mode mode;
   Activation activation;
   bool tied, separate;    // separate: the target is not the input
+  bool combined;          // the second pass is given V = dU − Z
   int rank;
   int64_t rows;
   Source input, target;   // target: T, or the input; backward: dY
@@ -34,16 +38,19 @@ struct RowsArgs {
   const float *encoder_bias, *decoder_bias, *gram, *gram_low;
   const double* offset;
   const float* preactivation;  // backward: U
-  void* codes;                 // [rows, kCodesWidth]: see put in emit
+  void* codes;                 // [rows, codes_width]
   float *code, *slope;         // [rows, rank] or null: Z (forward: U) and dU
-  double* sums;                // [tiles, sum_count]: Σ R², then Σ z and Σ z rounded (tiles in Gram form), Σ dU
+  double* sums;                // [tiles, sum_count]: Σ R², then Σ z and Σ z rounded or Σ z′ (tiles in Gram form), Σ dU
   int* direct;                 // [tiles] or null
   ExpandArgs expand;           // forward: the output
 };
 
-// What the second pass multiplies, a row: [Z lo, Z hi, dU] of 16-bit elements, or [Z, dU].
-template <class T, int Kp>
-constexpr int kCodesWidth = (1 + kCodeTerms<T>)*Kp;
+// What the second pass multiplies, a row: of 16-bit elements [Z lo, Z, dU] or, combined, [Z lo, Z, Z′ − Z, V]; of float
+// [Z, dU] or [Z, V], where dU − V is Z to the last bit but one. In tiles in direct form V is dU.
+template <class T>
+BYOL_HD constexpr int code_parts(bool combined) {
+  return 1 + kCodeTerms<T> + (combined && kCodeTerms<T> == 2);
+}
 
 // The sums of a row tile.
 BYOL_HD constexpr int sum_count(int padded_rank) { return 1 + 3 * padded_rank; }
@@ -121,45 +128,47 @@ BYOL_DEVICE void put_tile(float* tile, const float (&c)[Rows<Kp>::kWarpColumns /
     for (int i = 0; i < 4; ++i) to[i / 2 * 8 * (Kp + 4) + 8 * n + i % 2] = c[n][i];
 }
 
-// Writes a [kRows, Kp] tile of Z or dU to the second pass' operand and, if asked for, as float.
-template <class T, int Kp>
-BYOL_DEVICE void emit(const RowsArgs& args, const float* tile, int64_t first, bool slope) {
+// What rounding takes from a number.
+template <class T>
+BYOL_HD float rounded_off(float x) {
+  return x - to_float(from_float<T>(x));
+}
+
+// Writes one part of the second pass' operand: value(i) for the element at i of the [kRows, Kp] tiles in shared memory.
+template <class T, int Kp, class Value>
+BYOL_DEVICE void emit(const RowsArgs& args, int64_t first, int part, const Value& value) {
   using Tile = RowTile<T, Kp>;
   constexpr int kPerRow = Kp / kVector<T>;
   T* codes = static_cast<T*>(args.codes);
+  const int width = code_parts<T>(args.combined) * Kp;
   for (int i = thread(); codes && i < Tile::kRows * kPerRow; i += kThreads) {
     const int r = i / kPerRow, k = i % kPerRow * kVector<T>;
     if (first + r >= args.rows) break;
-    Pack<T> high, low;
+    Pack<T> pack;
 #pragma unroll
-    for (int j = 0; j < kVector<T>; ++j) {
-      const float value = tile[r * Tile::kCodeStride + k + j];
-      high.values[j] = from_float<T>(value);
-      if constexpr (kCodeTerms<T> == 2) low.values[j] = from_float<T>(value - to_float(high.values[j]));
-    }
-    T* to = codes + (first + r) * kCodesWidth<T, Kp> + k;
-    if (slope) {
-      *reinterpret_cast<Pack<T>*>(to + kCodeTerms<T> * Kp) = high;
-    } else {
-      if constexpr (kCodeTerms<T> == 2) *reinterpret_cast<Pack<T>*>(to) = low;
-      *reinterpret_cast<Pack<T>*>(to + (kCodeTerms<T> - 1) * Kp) = high;
-    }
+    for (int j = 0; j < kVector<T>; ++j) pack.values[j] = from_float<T>(value(r * Tile::kCodeStride + k + j));
+    *reinterpret_cast<Pack<T>*>(codes + (first + r) * width + part * Kp + k) = pack;
   }
-  float* saved = slope ? args.slope : args.code;
+}
+
+// Writes a [kRows, Kp] tile as float, if asked for.
+template <class T, int Kp>
+BYOL_DEVICE void save(const RowsArgs& args, const float* tile, int64_t first, float* saved) {
+  using Tile = RowTile<T, Kp>;
   for (int i = thread(); saved && i < Tile::kRows * Kp; i += kThreads) {
     const int r = i / Kp, k = i % Kp;
     if (first + r < args.rows && k < args.rank) saved[(first + r) * args.rank + k] = tile[r * Tile::kCodeStride + k];
   }
 }
 
-// The sums of the columns of a [kRows, Kp] tile, its elements rounded to R, to out[k].
-template <class R, int Kp, int kRows>
-BYOL_DEVICE void column_sums(const float* tile, int stride, double* scratch, double* out) {
+// The sums over rows of value(i), for the element at i of the [kRows, Kp] tiles, to out[k]. Scratch may lie in a tile.
+template <int Kp, int kRows, class Value>
+BYOL_DEVICE void column_sums(int stride, const Value& value, double* scratch, double* out) {
   constexpr int kParts = kThreads / Kp;
   const int k = thread() % Kp;
   double sum = 0;
 #pragma unroll 4
-  for (int r = thread() / Kp; r < kRows; r += kParts) sum += double(to_float(from_float<R>(tile[r * stride + k])));
+  for (int r = thread() / Kp; r < kRows; r += kParts) sum += double(value(r * stride + k));
   sync();
   scratch[thread()] = sum;
   sync();
@@ -293,7 +302,10 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
     expand_rows<T, Kp>(args.expand, first, shared_memory());
     return;
   }
-  emit<T, Kp>(args, code, first, false);
+  const auto z = [=](int i) { return code[i]; };
+  if constexpr (kCodeTerms<T> == 2) emit<T, Kp>(args, first, 0, [=](int i) { return rounded_off<T>(code[i]); });
+  emit<T, Kp>(args, first, kCodeTerms<T> - 1, z);
+  save<T, Kp>(args, code, first, args.code);
   double* sums = args.sums + int64_t(block_x()) * sum_count(Kp);
   float e[kColumns / 8][4] = {};
   bool direct = false;
@@ -309,9 +321,10 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
                                                             aside + warp_column * kStride, kStride);
       sync();
     }
-    column_sums<float, Kp, Tile::kRows>(code, Tile::kCodeStride, scratch, sums + 1);
+    column_sums<Kp, Tile::kRows>(Tile::kCodeStride, z, scratch, sums + 1);
     // ZᵀZ and TᵀZ have a rounded right Z, and the bias' part of the same sum must have it, too.
-    column_sums<T, Kp, Tile::kRows>(code, Tile::kCodeStride, scratch, sums + 1 + Kp);
+    column_sums<Kp, Tile::kRows>(Tile::kCodeStride, [=](int i) { return to_float(from_float<T>(code[i])); }, scratch,
+                                 sums + 1 + Kp);
     sync();
     // What rounding took from G is given back for the mean row of the tile.
     double* lost = scratch + kThreads;
@@ -358,11 +371,24 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
 #pragma unroll 1
   for (int i = thread(); i < Tile::kRows * Kp; i += kThreads) {
     const int at = i / Kp * Tile::kCodeStride + i % Kp;
-    code[at] = first + i / Kp < args.rows ? code[at] * activate(args.activation, aside[at]).slope : 0.0f;
+    const bool inside = first + i / Kp < args.rows;
+    const Activated f = activate(args.activation, aside[at]);
+    code[at] = inside ? code[at] * f.slope : 0.0f;
+    // Beside dU, what V takes away.
+    aside[at] = inside && args.combined && !direct ? f.value : 0.0f;
   }
   sync();
-  emit<T, Kp>(args, code, first, true);
-  column_sums<float, Kp, Tile::kRows>(code, Tile::kCodeStride, scratch, sums + 1 + 2 * Kp);
+  const auto v = [=](int i) { return code[i] - aside[i]; };
+  const auto booked = [=](int i) { return code[i] - to_float(from_float<T>(v(i))); };
+  const int parts = code_parts<T>(args.combined);
+  if constexpr (kCodeTerms<T> == 2)
+    if (args.combined)
+      emit<T, Kp>(args, first, parts - 2, [=](int i) { return booked(i) - to_float(from_float<T>(aside[i])); });
+  emit<T, Kp>(args, first, parts - 1, v);
+  save<T, Kp>(args, code, first, args.slope);
+  // In the sum beside ZᵀZ′, Z is Z′, too. The last of all: its scratch lies in the tile of Z.
+  if (args.combined && !direct) column_sums<Kp, Tile::kRows>(Tile::kCodeStride, booked, scratch, sums + 1 + Kp);
+  column_sums<Kp, Tile::kRows>(Tile::kCodeStride, z, scratch, sums + 1 + 2 * Kp);
 }
 
 }  // namespace byol::cuda

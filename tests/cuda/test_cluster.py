@@ -18,18 +18,28 @@ from byol_fast.backends.cuda import Cuda
     ("features", "rank", "cluster"),
     [(1, 1, 1), (512, 32, 1), (513, 32, 2), (1024, 16, 2), (2048, 32, 4), (4096, 32, 8), (8192, 32, 16)],
 )
-def test_the_smallest_cluster_that_holds_all_columns(emulated: Cuda, features: int, rank: int, cluster: int) -> None:
-    planned, clusters, tiles = emulated._module.plan_cluster(65536, features, rank, 132)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_smallest_cluster_that_holds_all_columns(
+    emulated: Cuda, features: int, rank: int, cluster: int, tied: bool
+) -> None:
+    # Tied weights have one product of twice the width.
+    rank *= 1 + tied
+    planned, clusters, tiles = emulated._module.plan_cluster(65536, features, rank, tied, 132)
     assert planned == cluster
     assert tiles == 1024
     # As many clusters as run at a time, and none that a tile is missing for.
     assert clusters == min(132 // cluster, tiles)
-    assert emulated._module.plan_cluster(100, features, rank, 132)[1] == min(132 // cluster, 2)
+    assert emulated._module.plan_cluster(100, features, rank, tied, 132)[1] == min(132 // cluster, 2)
 
 
-@pytest.mark.parametrize(("features", "rank", "processors"), [(8193, 32, 132), (1024, 33, 132), (8192, 32, 15)])
-def test_what_does_not_fit_takes_two_passes(emulated: Cuda, features: int, rank: int, processors: int) -> None:
-    assert emulated._module.plan_cluster(65536, features, rank, processors)[0] == 0
+@pytest.mark.parametrize(
+    ("features", "rank", "tied", "processors"),
+    [(8193, 32, False, 132), (1024, 33, False, 132), (1024, 65, True, 132), (8192, 32, False, 15)],
+)
+def test_what_does_not_fit_takes_two_passes(
+    emulated: Cuda, features: int, rank: int, tied: bool, processors: int
+) -> None:
+    assert emulated._module.plan_cluster(65536, features, rank, tied, processors)[0] == 0
 
 
 def test_the_swizzle_is_a_permutation_without_bank_conflicts(emulated: Cuda) -> None:
@@ -39,6 +49,16 @@ def test_the_swizzle_is_a_permutation_without_bank_conflicts(emulated: Cuda) -> 
     # Eight rows of one column of pieces lie in eight different groups of four banks.
     for column in range(0, 64, 8):
         assert len({swizzled(row, column) % 128 // 16 for row in range(8)}) == 8
+
+
+def test_eight_rows_of_a_fragment_lie_in_different_banks(emulated: Cuda) -> None:
+    slot_byte = emulated._module.slot_byte
+    assert {slot_byte(row, column) for row in range(64) for column in range(64)} == set(range(0, 4 * 64 * 64, 4))
+    # Half of a warp reads 8 bytes a lane, of four rows: all banks, once.
+    for rows in (range(4), range(4, 8)):
+        for column in range(0, 64, 8):
+            pieces = [slot_byte(row, column + 2 * lane) % 128 // 8 for row in rows for lane in range(4)]
+            assert sorted(pieces) == list(range(16))
 
 
 def test_the_descriptor_has_its_fields_where_the_manual_says(emulated: Cuda) -> None:
@@ -60,7 +80,10 @@ def single_pass(cuda: str, emulated: Cuda, monkeypatch: pytest.MonkeyPatch) -> N
         ((70, 64, 5), torch.float16, False),
         ((130, 520, 32), torch.bfloat16, False),
         ((66, 72, 29), torch.bfloat16, True),
+        ((70, 64, 33), torch.float16, True),
+        ((130, 520, 64), torch.bfloat16, True),
         ((64, 1032, 17), torch.bfloat16, False),
+        ((64, 1032, 41), torch.bfloat16, True),
     ],
     ids=str,
 )
@@ -69,8 +92,11 @@ def test_single_pass(single_pass: None, dtype: torch.dtype, shape: tuple[int, in
     assert_all(bf.bottleneck_mse_loss, reference.bottleneck_mse_loss, operands, activation="tanh", reduction="sum")
 
 
-def test_single_pass_and_two_passes_agree(single_pass: None, emulated: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    operands = make_operands(rows=300, in_features=72, rank=20, dtype=torch.bfloat16, ratio=1e-1)
+@pytest.mark.parametrize(("rank", "tied"), [(20, False), (50, True)])
+def test_single_pass_and_two_passes_agree(
+    single_pass: None, emulated: Cuda, monkeypatch: pytest.MonkeyPatch, rank: int, tied: bool
+) -> None:
+    operands = make_operands(rows=300, in_features=72, rank=rank, dtype=torch.bfloat16, ratio=1e-1, tied=tied)
     once = results(bf.bottleneck_mse_loss, operands)
     monkeypatch.setattr(emulated, "single_pass", False)
     twice = results(bf.bottleneck_mse_loss, operands)
@@ -99,10 +125,11 @@ def test_sums_begin_afresh_every_4096_rows(single_pass: None, emulated: Cuda, mo
     assert torch.equal(encoder_gradient(x), encoder_gradient(x[:4096]) + encoder_gradient(x[4096:]))
 
 
+@pytest.mark.parametrize(("rank", "tied"), [(20, False), (50, True)])
 def test_single_pass_does_not_depend_on_the_order_of_threads(
-    single_pass: None, monkeypatch: pytest.MonkeyPatch
+    single_pass: None, monkeypatch: pytest.MonkeyPatch, rank: int, tied: bool
 ) -> None:
-    operands = make_operands(rows=130, in_features=520, rank=20, dtype=torch.bfloat16)
+    operands = make_operands(rows=130, in_features=520, rank=rank, dtype=torch.bfloat16, tied=tied)
     forward = results(bf.bottleneck_mse_loss, operands)
     monkeypatch.setenv("EMULATOR_ORDER", "backward")
     backward = results(bf.bottleneck_mse_loss, operands)
