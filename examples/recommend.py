@@ -102,15 +102,18 @@ def plain_svd(train: Tensor, rank: int) -> Tensor:
     return by_scores(torch.from_numpy(model.inverse_transform(model.transform(train.numpy()))), train)
 
 
-def bpr(train: Tensor, rank: int) -> Tensor:
-    """Bayesian personalised ranking of the package ``implicit``."""
-    from implicit.cpu.bpr import BayesianPersonalizedRanking
-    from scipy.sparse import csr_matrix
+def bpr(train: Tensor, rank: int, penalty: float) -> Tensor:
+    """Bayesian personalised ranking, Rendle et al., UAI 2009, of the package ``cornac``; steps as others publish it."""
+    from cornac.data import Dataset
+    from cornac.models import BPR
 
-    model = BayesianPersonalizedRanking(rank, iterations=100, random_state=0, num_threads=torch.get_num_threads())
-    sparse = csr_matrix(train.numpy())
-    model.fit(sparse, show_progress=False)
-    return torch.from_numpy(model.recommend(np.arange(len(train)), sparse, K)[0]).long()
+    users, items = train.shape
+    who, what = (column.numpy() for column in train.nonzero(as_tuple=True))
+    uid_map, iid_map = ({index: index for index in range(size)} for size in (users, items))
+    rows = Dataset(users, items, uid_map, iid_map, (who, what, np.ones(len(who), np.float32)), seed=0)
+    # More threads would write over each other's steps, and not be reproducible.
+    model = BPR(k=rank, max_iter=200, learning_rate=0.01, lambda_reg=penalty, num_threads=1, seed=0).fit(rows)
+    return by_scores(torch.from_numpy(model.u_factors @ model.i_factors.T + model.i_biases), train)
 
 
 def ours(train: Pairs, users: int, training: Row = EXACT, **options: Any) -> Tensor:
@@ -159,8 +162,9 @@ def chosen(pairs: Pairs, shape: tuple[int, int], ranks: list[int]) -> list[Row]:
         row("bottleneck", grid, functools.partial(ours, users=shape[0]), [smaller for smaller, _ in splits]),
     ]
     # An extra library, left out where it is not installed.
-    if importlib.util.find_spec("implicit") is not None:
-        rows.append(row("BPR", by_rank, bpr, seen))
+    if importlib.util.find_spec("cornac") is not None:
+        sizes = itertools.product((*ranks, 4 * ranks[-1]), (0.001, 0.01))
+        rows.append(row("BPR", [{"rank": rank, "penalty": penalty} for rank, penalty in sizes], bpr, seen))
     return rows
 
 
@@ -190,8 +194,8 @@ def top_ten(pairs: Pairs, shape: tuple[int, int], choices: list[Row], joint: Row
         "the same, exact, rows normalised": (bottleneck(**by_rows), size),
     }
     if "BPR" in settings:
-        rank = settings["BPR"]["rank"]
-        runs[f"BPR, rank {rank}"] = (lambda: bpr(seen, rank), rank * (users + items))
+        options, rank = settings["BPR"], settings["BPR"]["rank"]
+        runs[f"BPR, rank {rank}"] = (functools.partial(bpr, seen, **options), (rank + 1) * items + rank * users)
     rows = []
     for name, (run, numbers) in runs.items():
         top, cost = cost_of(run)
