@@ -83,7 +83,7 @@ def truncated_svd(
         raise ValueError(f"method: expected one of {', '.join(_METHODS)}, got {method!r}")
     energy = source.energy()
     if method == "auto":
-        method = choose_method(*source.shape, rank, source.dtype)
+        method = choose_method(*source.shape, rank, source.dtype, source.rows.sparse)
     if method == "exact":
         factors = _exact(source, rank)
     elif method == "covariance":
@@ -93,16 +93,17 @@ def truncated_svd(
     return _finished(factors, method, energy)
 
 
-def choose_method(rows: int, columns: int, rank: int, dtype: torch.dtype) -> str:
+def choose_method(rows: int, columns: int, rank: int, dtype: torch.dtype, sparse: bool = False) -> str:
     """What ``method="auto"`` means for a matrix of this size: the cheapest method that keeps the dtype's accuracy.
 
-    * randomized, if the shorter side exceeds 1000 and the rank is at most a tenth of it, or the side exceeds 4096;
+    * randomized, if the rank is at most a tenth of the shorter side and that side exceeds 1000 or the matrix is sparse
+      (its passes cost what is stored, a Gram matrix what is not), or if the side exceeds 4096;
     * else covariance for float32, whose small singular values it resolves as well as LAPACK does, and for matrices of
       more than 2²⁶ numbers;
     * else exact.
     """
     short = min(rows, columns)
-    if short > 4096 or (short > 1000 and 10 * rank <= short):
+    if short > 4096 or ((short > 1000 or sparse) and 10 * rank <= short):
         return "randomized"
     return "exact" if dtype == torch.float64 and rows * columns <= 1 << 26 else "covariance"
 

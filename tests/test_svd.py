@@ -169,6 +169,8 @@ def test_the_error_is_that_of_the_product(digits, method):
         ((2000, 100, 10, torch.float32), "covariance"),
         ((2000, 100, 10, torch.float64), "exact"),
         ((10**7, 100, 10, torch.float64), "covariance"),
+        ((943, 1682, 90, torch.float32, True), "randomized"),
+        ((943, 1682, 100, torch.float32, True), "covariance"),
     ],
 )
 def test_auto_chooses_by_size(arguments, method):
