@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .backends import Weights
 
 _OptionalTensors = Sequence["Tensor | None"]
 
@@ -30,18 +31,9 @@ def squared_error(input: Tensor, target: Tensor, backend: str) -> Tensor:
     return total
 
 
-def bottleneck(
-    input: Tensor,
-    encoder_weight: Tensor,
-    decoder_weight: Tensor | None,
-    encoder_bias: Tensor | None,
-    decoder_bias: Tensor | None,
-    activation: str,
-    residual: bool,
-    backend: str,
-) -> Tensor:
+def bottleneck(input: Tensor, weights: Weights, activation: str, residual: bool, backend: str) -> Tensor:
     """``decode(f(encode(input)))`` of a matrix ``[N, D]``: ``[N, Dₒ]`` in its dtype."""
-    tensors = (input, encoder_weight, decoder_weight, encoder_bias, decoder_bias)
+    tensors = (input, *weights)
     needs = _needs(*tensors)
     if not any(needs):
         return ops.bottleneck(*tensors, activation, residual, False, backend)[0]
@@ -51,17 +43,10 @@ def bottleneck(
 
 
 def bottleneck_squared_error(
-    input: Tensor,
-    target: Tensor | None,
-    encoder_weight: Tensor,
-    decoder_weight: Tensor | None,
-    encoder_bias: Tensor | None,
-    decoder_bias: Tensor | None,
-    activation: str,
-    backend: str,
+    input: Tensor, target: Tensor | None, weights: Weights, activation: str, backend: str
 ) -> Tensor:
     """Σ (decode(f(encode(input))) − target)², 0-dim, in the accumulation dtype; the target is the input if None."""
-    tensors = (input, target, encoder_weight, decoder_weight, encoder_bias, decoder_bias)
+    tensors = (input, target, *weights)
     needs = _needs(*tensors)
     if not any(needs):
         return ops.step(*tensors, activation, needs[2:], False, backend)[0]
@@ -70,18 +55,10 @@ def bottleneck_squared_error(
 
 
 def sparse_bottleneck_squared_error(
-    row_starts: Tensor,
-    columns: Tensor,
-    values: Tensor,
-    encoder_weight: Tensor,
-    decoder_weight: Tensor | None,
-    encoder_bias: Tensor | None,
-    decoder_bias: Tensor | None,
-    activation: str,
-    backend: str,
+    csr: tuple[Tensor, Tensor, Tensor], weights: Weights, activation: str, backend: str
 ) -> Tensor:
     """:func:`bottleneck_squared_error` of an input in CSR form, which is its own target and has no gradient."""
-    tensors = (row_starts, columns, values, encoder_weight, decoder_weight, encoder_bias, decoder_bias)
+    tensors = (*csr, *weights)
     needs = _needs(*tensors)
     if not any(needs):
         return ops.sparse_step(*tensors, activation, needs[3:], backend)[0]
@@ -217,22 +194,9 @@ class _Bottleneck(_Kernel):
 
 class _BottleneckBackward(_Kernel):
     @staticmethod
-    def forward(
-        grad: Tensor,
-        input: Tensor,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
-        encoder_bias: Tensor | None,
-        decoder_bias: Tensor | None,
-        code: Tensor,
-        activation: str,
-        residual: bool,
-        needs: Sequence[bool],
-        backend: str,
-    ) -> tuple[Tensor | None, ...]:
-        results = ops.bottleneck_backward(
-            grad, input, encoder_weight, decoder_weight, code, activation, residual, list(needs), backend
-        )
+    def forward(grad: Tensor, input: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+        *others, needs, backend = rest
+        results = ops.bottleneck_backward(grad, input, *others, list(needs), backend)
         return tuple(result.to(input.dtype) if need else None for result, need in zip(results, needs, strict=True))
 
     @staticmethod
@@ -277,23 +241,11 @@ class _BottleneckSquaredErrorBackward(_Kernel):
     def forward(grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
         tensors, gradients, (code, code_gradient) = args[:6], args[6:10], args[10:12]
         _, needs, backend = args[12:]
-        input, target, encoder_weight, decoder_weight, _, decoder_bias = tensors
         scale = 2 * grad
         weights = [_scaled(*pair) for pair in zip(gradients, [scale] * 4, tensors[2:], needs[2:], strict=True)]
         if not any(needs[:2]):
             return None, None, *weights
-        data = ops.step_input_gradients(
-            input,
-            target,
-            encoder_weight,
-            decoder_weight,
-            decoder_bias,
-            code,
-            code_gradient,
-            scale,
-            needs[:2],
-            backend,
-        )
+        data = ops.step_input_gradients(*tensors, code, code_gradient, scale, needs[:2], backend)
         return *(result if need else None for result, need in zip(data, needs[:2], strict=True)), *weights
 
     @staticmethod

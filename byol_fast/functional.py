@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, reference
-from .backends import Call, choose, form
+from .backends import Call, Weights, choose, form
 
 __all__ = ["Explanation", "bottleneck", "bottleneck_mse_loss", "explain", "mse_loss"]
 
@@ -103,8 +103,8 @@ def bottleneck(
     backend = _backend(tensors.present(), tensors.as_call("bottleneck"))
     if backend == "reference":
         return reference.bottleneck(*tensors.operands(), activation=activation, residual=residual)
-    input, *_ = operands = tensors.cast().operands()
-    output = autograd.bottleneck(_matrix(input), *operands[1:], activation, residual, backend)
+    tensors = tensors.cast()
+    output = autograd.bottleneck(_matrix(tensors.input), tensors.weights(), activation, residual, backend)
     return output.reshape(*input.shape[:-1], tensors.out_features)
 
 
@@ -158,12 +158,11 @@ def bottleneck_mse_loss(
         )
     loss_dtype = input.dtype if _autocast_dtype(input) is None else torch.promote_types(input.dtype, torch.float32)
     tensors = tensors.cast()
-    weights = tensors.operands()[1:]
     if _is_sparse(tensors.input):
-        total = _sparse_squared_error(tensors.input, weights, activation, backend)
+        total = _sparse_squared_error(tensors.input, tensors.weights(), activation, backend)
     else:
         goal = None if tensors.target is None else _matrix(tensors.target)
-        total = autograd.bottleneck_squared_error(_matrix(tensors.input), goal, *weights, activation, backend)
+        total = autograd.bottleneck_squared_error(_matrix(tensors.input), goal, tensors.weights(), activation, backend)
     count = input.numel() // tensors.in_features * tensors.out_features
     return _reduced(total, reduction, count, loss_dtype)
 
@@ -224,6 +223,9 @@ class _Bottleneck(NamedTuple):
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         return self[:5]
 
+    def weights(self) -> Weights:
+        return Weights(*self[1:5])
+
     def present(self) -> tuple[Tensor, ...]:
         return tuple(tensor for tensor in self if tensor is not None)
 
@@ -270,12 +272,10 @@ def _is_sparse(tensor: Tensor) -> bool:
 
 # The compiler cannot trace into sparse tensors.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _sparse_squared_error(
-    matrix: Tensor, weights: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None], activation: str, backend: str
-) -> Tensor:
+def _sparse_squared_error(matrix: Tensor, weights: Weights, activation: str, backend: str) -> Tensor:
     csr = matrix.to_sparse_csr() if matrix.layout == torch.sparse_coo else matrix
-    row_starts, columns, values = csr.crow_indices().long(), csr.col_indices().long(), csr.values()
-    return autograd.sparse_bottleneck_squared_error(row_starts, columns, values, *weights, activation, backend)
+    parts = (csr.crow_indices().long(), csr.col_indices().long(), csr.values())
+    return autograd.sparse_bottleneck_squared_error(parts, weights, activation, backend)
 
 
 def _matrix(tensor: Tensor) -> Tensor:

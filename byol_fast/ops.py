@@ -14,14 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import accumulation_dtype, kernels
+from .backends import Weights, accumulation_dtype, kernels
 
 _library = torch.library.Library("byol_fast", "DEF")
 
 
-def _define(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+_WEIGHTS = "Tensor encoder_weight, Tensor? decoder_weight, Tensor? encoder_bias, Tensor? decoder_bias"
+
+
+def _define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """One op: its schema, its kernel on every device, its shapes for tracing, and a loop for ``torch.vmap``."""
-    _library.define(name + torch.library.infer_schema(kernel, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"byol_fast::{name}", fake, lib=_library)
     torch.library.register_vmap(f"byol_fast::{name}", _loop_over(name), lib=_library)
@@ -75,11 +78,25 @@ def _empty(input: Tensor, *shape: int) -> Tensor:
     return input.new_empty(shape, dtype=accumulation_dtype(input.dtype))
 
 
+def _split(arguments: Sequence[Any]) -> tuple[Weights, Sequence[Any]]:
+    """The weights, which come first, and what follows them."""
+    return Weights(*arguments[:4]), arguments[4:]
+
+
+def _weight_gradients(like: Tensor, weights: Weights) -> list[Tensor]:
+    return [
+        _empty(like, weights.rank, weights.in_features),
+        _empty(like, weights.out_features, weights.rank),
+        _empty(like, weights.rank),
+        _empty(like, weights.out_features),
+    ]
+
+
 def _squared_error(input: Tensor, target: Tensor, backend: str) -> Tensor:
     return kernels(backend).squared_error(input, target)
 
 
-def _squared_error_fake(input: Tensor, target: Tensor, backend: str) -> Tensor:
+def _squared_error_fake(input: Tensor, *_: Any) -> Tensor:
     return _sum_like(input)
 
 
@@ -90,210 +107,118 @@ def _squared_error_backward(
 
 
 def _squared_error_backward_fake(
-    input: Tensor, target: Tensor, scale: Tensor, needs: Sequence[bool], backend: str
+    input: Tensor, target: Tensor, scale: Tensor, needs: Sequence[bool], *_: Any
 ) -> list[Tensor]:
     return _wanted([torch.empty_like(input), torch.empty_like(target)], needs, input)
 
 
-def _bottleneck(
-    input: Tensor,
-    encoder_weight: Tensor,
-    decoder_weight: Tensor | None,
-    encoder_bias: Tensor | None,
-    decoder_bias: Tensor | None,
-    activation: str,
-    residual: bool,
-    save_code: bool,
-    backend: str,
-) -> list[Tensor]:
-    results = kernels(backend).bottleneck(
-        input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation, residual, save_code
+def _bottleneck(input: Tensor, *rest: Any) -> list[Tensor]:
+    weights, (activation, residual, save_code, backend) = _split(rest)
+    return _wanted(
+        kernels(backend).bottleneck(input, weights, activation, residual, save_code), (True, save_code), input
     )
+
+
+def _bottleneck_fake(input: Tensor, *rest: Any) -> list[Tensor]:
+    weights, (_, _, save_code, _) = _split(rest)
+    rows = input.shape[0]
+    results = [input.new_empty(rows, weights.out_features), _empty(input, rows, weights.rank)]
     return _wanted(results, (True, save_code), input)
 
 
-def _bottleneck_fake(
-    input: Tensor,
-    encoder_weight: Tensor,
-    decoder_weight: Tensor | None,
-    encoder_bias: Tensor | None,
-    decoder_bias: Tensor | None,
-    activation: str,
-    residual: bool,
-    save_code: bool,
-    backend: str,
-) -> list[Tensor]:
-    rows, rank = input.shape[0], encoder_weight.shape[0]
-    out_features = encoder_weight.shape[1] if decoder_weight is None else decoder_weight.shape[0]
-    results = [input.new_empty(rows, out_features), _empty(input, rows, rank)]
-    return _wanted(results, (True, save_code), input)
-
-
-def _bottleneck_backward(
-    grad: Tensor,
-    input: Tensor,
-    encoder_weight: Tensor,
-    decoder_weight: Tensor | None,
-    code: Tensor,
-    activation: str,
-    residual: bool,
-    needs: Sequence[bool],
-    backend: str,
-) -> list[Tensor]:
-    results = kernels(backend).bottleneck_backward(
-        grad, input, encoder_weight, decoder_weight, code, activation, residual, needs
-    )
+def _bottleneck_backward(grad: Tensor, input: Tensor, *rest: Any) -> list[Tensor]:
+    weights, (code, activation, residual, needs, backend) = _split(rest)
+    results = kernels(backend).bottleneck_backward(grad, input, weights, code, activation, residual, needs)
     return _wanted(results, needs, input)
 
 
-def _bottleneck_backward_fake(
-    grad: Tensor,
-    input: Tensor,
-    encoder_weight: Tensor,
-    decoder_weight: Tensor | None,
-    code: Tensor,
-    activation: str,
-    residual: bool,
-    needs: Sequence[bool],
-    backend: str,
-) -> list[Tensor]:
-    (rank, in_features), out_features = encoder_weight.shape, grad.shape[1]
-    results = [
-        input.new_empty(input.shape),
-        _empty(input, rank, in_features),
-        _empty(input, out_features, rank),
-        _empty(input, rank),
-        _empty(input, out_features),
-    ]
-    return _wanted(results, needs, input)
+def _bottleneck_backward_fake(grad: Tensor, input: Tensor, *rest: Any) -> list[Tensor]:
+    weights, (*_, needs, _) = _split(rest)
+    return _wanted([input.new_empty(input.shape), *_weight_gradients(input, weights)], needs, input)
 
 
-def _step(
-    input: Tensor,
-    target: Tensor | None,
-    encoder_weight: Tensor,
-    decoder_weight: Tensor | None,
-    encoder_bias: Tensor | None,
-    decoder_bias: Tensor | None,
-    activation: str,
-    needs: Sequence[bool],
-    save_codes: bool,
-    backend: str,
-) -> list[Tensor]:
-    results = kernels(backend).step(
-        input, target, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation, needs, save_codes
-    )
+def _step(input: Tensor, target: Tensor | None, *rest: Any) -> list[Tensor]:
+    weights, (activation, needs, save_codes, backend) = _split(rest)
+    results = kernels(backend).step(input, target, weights, activation, needs, save_codes)
     return _wanted(results, (True, *needs, save_codes, save_codes), input)
 
 
-def _step_fake(
-    input: Tensor,
-    target: Tensor | None,
-    encoder_weight: Tensor,
-    decoder_weight: Tensor | None,
-    encoder_bias: Tensor | None,
-    decoder_bias: Tensor | None,
-    activation: str,
-    needs: Sequence[bool],
-    save_codes: bool,
-    backend: str,
-) -> list[Tensor]:
-    rows, (rank, in_features) = input.shape[0], encoder_weight.shape
-    out_features = in_features if decoder_weight is None else decoder_weight.shape[0]
-    results = [
-        _sum_like(input),
-        _empty(input, rank, in_features),
-        _empty(input, out_features, rank),
-        _empty(input, rank),
-        _empty(input, out_features),
-        _empty(input, rows, rank),
-        _empty(input, rows, rank),
-    ]
+def _step_fake(input: Tensor, target: Tensor | None, *rest: Any) -> list[Tensor]:
+    weights, (_, needs, save_codes, _) = _split(rest)
+    codes = [_empty(input, input.shape[0], weights.rank) for _ in range(2)]
+    results = [_sum_like(input), *_weight_gradients(input, weights), *codes]
     return _wanted(results, (True, *needs, save_codes, save_codes), input)
 
 
-def _sparse_step(
-    row_starts: Tensor,
-    columns: Tensor,
-    values: Tensor,
-    encoder_weight: Tensor,
-    decoder_weight: Tensor | None,
-    encoder_bias: Tensor | None,
-    decoder_bias: Tensor | None,
-    activation: str,
-    needs: Sequence[bool],
-    backend: str,
-) -> list[Tensor]:
-    results = kernels(backend).sparse_step(
-        row_starts, columns, values, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation, needs
-    )
+def _sparse_step(row_starts: Tensor, columns: Tensor, values: Tensor, *rest: Any) -> list[Tensor]:
+    weights, (activation, needs, backend) = _split(rest)
+    results = kernels(backend).sparse_step((row_starts, columns, values), weights, activation, needs)
     return _wanted(results, (True, *needs), values)
 
 
-def _sparse_step_fake(
-    row_starts: Tensor,
-    columns: Tensor,
-    values: Tensor,
-    encoder_weight: Tensor,
-    decoder_weight: Tensor | None,
-    encoder_bias: Tensor | None,
-    decoder_bias: Tensor | None,
-    activation: str,
-    needs: Sequence[bool],
-    backend: str,
-) -> list[Tensor]:
-    rank, in_features = encoder_weight.shape
-    results = [
-        _sum_like(values),
-        _empty(values, rank, in_features),
-        _empty(values, in_features, rank),
-        _empty(values, rank),
-        _empty(values, in_features),
-    ]
-    return _wanted(results, (True, *needs), values)
+def _sparse_step_fake(row_starts: Tensor, columns: Tensor, values: Tensor, *rest: Any) -> list[Tensor]:
+    weights, (_, needs, _) = _split(rest)
+    return _wanted([_sum_like(values), *_weight_gradients(values, weights)], (True, *needs), values)
 
 
-def _step_input_gradients(
-    input: Tensor,
-    target: Tensor | None,
-    encoder_weight: Tensor,
-    decoder_weight: Tensor | None,
-    decoder_bias: Tensor | None,
-    code: Tensor,
-    code_gradient: Tensor,
-    scale: Tensor,
-    needs: Sequence[bool],
-    backend: str,
-) -> list[Tensor]:
-    results = kernels(backend).step_input_gradients(
-        input, target, encoder_weight, decoder_weight, decoder_bias, code, code_gradient, scale, needs
-    )
+def _step_input_gradients(input: Tensor, target: Tensor | None, *rest: Any) -> list[Tensor]:
+    weights, (code, code_gradient, scale, needs, backend) = _split(rest)
+    results = kernels(backend).step_input_gradients(input, target, weights, code, code_gradient, scale, needs)
     return _wanted(results, needs, input)
 
 
-def _step_input_gradients_fake(
-    input: Tensor,
-    target: Tensor | None,
-    encoder_weight: Tensor,
-    decoder_weight: Tensor | None,
-    decoder_bias: Tensor | None,
-    code: Tensor,
-    code_gradient: Tensor,
-    scale: Tensor,
-    needs: Sequence[bool],
-    backend: str,
-) -> list[Tensor]:
+def _step_input_gradients_fake(input: Tensor, target: Tensor | None, *rest: Any) -> list[Tensor]:
+    *_, needs, _ = rest
     results = [input.new_empty(input.shape), input.new_empty((input if target is None else target).shape)]
     return _wanted(results, needs, input)
 
 
-_define("squared_error", _squared_error, _squared_error_fake)
-_define("squared_error_backward", _squared_error_backward, _squared_error_backward_fake)
-_define("bottleneck", _bottleneck, _bottleneck_fake)
-_define("bottleneck_backward", _bottleneck_backward, _bottleneck_backward_fake)
-_define("step", _step, _step_fake)
-_define("sparse_step", _sparse_step, _sparse_step_fake)
-_define("step_input_gradients", _step_input_gradients, _step_input_gradients_fake)
+_define(
+    "squared_error",
+    "(Tensor input, Tensor target, str backend) -> Tensor",
+    _squared_error,
+    _squared_error_fake,
+)
+_define(
+    "squared_error_backward",
+    "(Tensor input, Tensor target, Tensor scale, bool[] needs, str backend) -> Tensor[]",
+    _squared_error_backward,
+    _squared_error_backward_fake,
+)
+_define(
+    "bottleneck",
+    f"(Tensor input, {_WEIGHTS}, str activation, bool residual, bool save_code, str backend) -> Tensor[]",
+    _bottleneck,
+    _bottleneck_fake,
+)
+_define(
+    "bottleneck_backward",
+    f"(Tensor grad, Tensor input, {_WEIGHTS}, Tensor code, str activation, bool residual, bool[] needs, str backend)"
+    " -> Tensor[]",
+    _bottleneck_backward,
+    _bottleneck_backward_fake,
+)
+_define(
+    "step",
+    f"(Tensor input, Tensor? target, {_WEIGHTS}, str activation, bool[] needs, bool save_codes, str backend)"
+    " -> Tensor[]",
+    _step,
+    _step_fake,
+)
+_define(
+    "sparse_step",
+    f"(Tensor row_starts, Tensor columns, Tensor values, {_WEIGHTS}, str activation, bool[] needs, str backend)"
+    " -> Tensor[]",
+    _sparse_step,
+    _sparse_step_fake,
+)
+_define(
+    "step_input_gradients",
+    f"(Tensor input, Tensor? target, {_WEIGHTS}, Tensor code, Tensor code_gradient, Tensor scale, bool[] needs,"
+    " str backend) -> Tensor[]",
+    _step_input_gradients,
+    _step_input_gradients_fake,
+)
 
 squared_error: Callable[..., Tensor] = _shortcut("squared_error", _squared_error)
 squared_error_backward: Callable[..., list[Tensor]] = _shortcut("squared_error_backward", _squared_error_backward)

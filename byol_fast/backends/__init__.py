@@ -20,7 +20,7 @@ from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import verified
-from .base import Backend, Call, Kernels, accumulation_dtype
+from .base import Backend, Call, Kernels, Weights, accumulation_dtype
 from .cuda import Cuda
 from .gram import Gram
 from .native import Native
@@ -31,6 +31,7 @@ __all__ = [
     "BackendStatus",
     "Call",
     "Choice",
+    "Weights",
     "accumulation_dtype",
     "backends",
     "choose",

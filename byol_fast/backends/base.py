@@ -1,9 +1,8 @@
 """What a backend offers: a name, a reason when it cannot run, and seven kernels.
 
-Shapes: input ``[N, D]``, target ``[N, Dₒ]``, encoder_weight ``[K, D]``, decoder_weight ``[Dₒ, K]`` (None = tied),
-encoder_bias ``[K]``, decoder_bias ``[Dₒ]``, all of one dtype and device, any strides. Sums, codes and gradients leave a
-kernel unscaled in the accumulation dtype (:func:`accumulation_dtype`); the scale and the cast to the user's dtype come
-last. A result that was not asked for is None.
+Shapes: input ``[N, D]``, target ``[N, Dₒ]`` and :class:`Weights`, all of one dtype and device, any strides. Sums, codes
+and gradients leave a kernel unscaled in the accumulation dtype (:func:`accumulation_dtype`); the scale and the cast to
+the user's dtype come last. A result that was not asked for is None.
 """
 
 from __future__ import annotations
@@ -18,6 +17,35 @@ from torch import Tensor
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which kernels add up: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Weights(NamedTuple):
+    """Encoder ``[K, D]``, decoder ``[Dₒ, K]`` (None = tied: the encoder's transpose), biases ``[K]`` and ``[Dₒ]``."""
+
+    encoder: Tensor
+    decoder: Tensor | None
+    encoder_bias: Tensor | None
+    decoder_bias: Tensor | None
+
+    @property
+    def rank(self) -> int:
+        """K."""
+        return self.encoder.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """D."""
+        return self.encoder.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Dₒ."""
+        return self.full_decoder.shape[0]
+
+    @property
+    def full_decoder(self) -> Tensor:
+        """The decoder ``[Dₒ, K]``, tied or not."""
+        return self.encoder.t() if self.decoder is None else self.decoder
 
 
 class Call(NamedTuple):
@@ -67,10 +95,7 @@ class Kernels(Backend, Protocol):
     def bottleneck(
         self,
         input: Tensor,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
-        encoder_bias: Tensor | None,
-        decoder_bias: Tensor | None,
+        weights: Weights,
         activation: str,
         residual: bool,
         save_code: bool,
@@ -81,14 +106,13 @@ class Kernels(Backend, Protocol):
         self,
         grad: Tensor,
         input: Tensor,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
+        weights: Weights,
         code: Tensor,
         activation: str,
         residual: bool,
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        """Gradients of (input, encoder_weight, decoder_weight, encoder_bias, decoder_bias).
+        """Gradients of (input, *weights).
 
         The gradient of the input has its dtype. Tied: the encoder's holds the sum of both roles of the weight.
         """
@@ -97,40 +121,30 @@ class Kernels(Backend, Protocol):
         self,
         input: Tensor,
         target: Tensor | None,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
-        encoder_bias: Tensor | None,
-        decoder_bias: Tensor | None,
+        weights: Weights,
         activation: str,
         needs: Sequence[bool],
         save_codes: bool,
     ) -> list[Tensor | None]:
-        """Σ R², the gradients of ½ Σ R² to (encoder_weight, decoder_weight, encoder_bias, decoder_bias), Z and dU."""
+        """Σ R², the gradients of ½ Σ R² to the weights, Z and dU."""
 
     def sparse_step(
         self,
-        row_starts: Tensor,
-        columns: Tensor,
-        values: Tensor,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
-        encoder_bias: Tensor | None,
-        decoder_bias: Tensor | None,
+        csr: tuple[Tensor, Tensor, Tensor],
+        weights: Weights,
         activation: str,
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
         """Like :meth:`step` without a target, for an input in CSR form: Σ R² and the four gradients.
 
-        row_starts ``[N + 1]`` and columns ``[nnz]`` are int64, values ``[nnz]`` has the dtype of the weights.
+        ``csr``: row_starts ``[N + 1]`` and columns ``[nnz]``, int64, and values ``[nnz]`` in the dtype of the weights.
         """
 
     def step_input_gradients(
         self,
         input: Tensor,
         target: Tensor | None,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
-        decoder_bias: Tensor | None,
+        weights: Weights,
         code: Tensor,
         code_gradient: Tensor,
         scale: Tensor,
@@ -142,23 +156,22 @@ class Kernels(Backend, Protocol):
 def dense_blocks(
     step: Callable[..., list[Tensor | None]],
     csr: tuple[Tensor, Tensor, Tensor],
-    weights: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    weights: Weights,
     activation: str,
     needs: Sequence[bool],
     rows: int,
 ) -> list[Tensor | None]:
     """:meth:`Kernels.sparse_step` by :meth:`Kernels.step`, making so many ``rows`` dense at a time."""
     row_starts, columns, values = csr
-    in_features = weights[0].shape[1]
     sums: list[Tensor | None] = []
     for first in range(0, row_starts.numel() - 1, rows):
         starts = row_starts[first : first + rows + 1]
         stored = slice(int(starts[0]), int(starts[-1]))
         count = starts.numel() - 1
         indices = torch.repeat_interleave(torch.arange(count, device=values.device), starts.diff())
-        block = values.new_zeros(count, in_features)
+        block = values.new_zeros(count, weights.in_features)
         block.index_put_((indices, columns[stored]), values[stored], accumulate=True)
-        parts = step(block, None, *weights, activation, needs, False)[:5]
+        parts = step(block, None, weights, activation, needs, False)[:5]
         sums = [part if not sums or part is None else sums[i] + part for i, part in enumerate(parts)]  # type: ignore[operator]
     return sums
 
@@ -167,9 +180,13 @@ def dense_blocks(
 _FEW_ROWS = 32
 
 
-def few_rows_as_float(input: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
-    """The tensors of a call, as float32 if they are a few rows of bfloat16."""
-    tensors = (input, *others)
+def few_rows_as_float(input: Tensor, target: Tensor | None, weights: Weights) -> tuple[Tensor, Tensor | None, Weights]:
+    """The tensors of a step, as float32 if they are a few rows of bfloat16."""
     if input.dtype != torch.bfloat16 or input.shape[0] >= _FEW_ROWS:
-        return tensors  # type: ignore[return-value]
-    return tuple(None if tensor is None else tensor.float() for tensor in tensors)  # type: ignore[misc]
+        return input, target, weights
+    others = Weights(weights.encoder.float(), *(_float(tensor) for tensor in weights[1:]))
+    return input.float(), _float(target), others
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()

@@ -16,26 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Call, accumulation_dtype
+from .base import Call, Weights, accumulation_dtype, few_rows_as_float
 from .layout import collapse
 from .native import (
     _ABSENT,
     _ACTIVATIONS,
     _DTYPES,
     _address,
+    _addresses,
     _at,
-    _contiguous,
     _optional_rows,
     _rows,
     _sizes,
     _weight_gradients,
+    _weight_rows,
 )
 
 # The widest tile of codes there is (kMaxRank in csrc/cuda/abi.h).
 _MAX_RANK = 128
-# The second pass takes Z and dU rounded to bfloat16, as eager does. Over fewer rows than this, that does not average
-# out, and bfloat16 is computed as float32.
-_FEW_ROWS = 32
 
 
 def _load() -> tuple[Any, str | None]:
@@ -134,17 +132,13 @@ class Cuda:
     def bottleneck(
         self,
         input: Tensor,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
-        encoder_bias: Tensor | None,
-        decoder_bias: Tensor | None,
+        weights: Weights,
         activation: str,
         residual: bool,
         save_code: bool,
     ) -> list[Tensor | None]:
-        input, encoder_weight, decoder_weight = _rows(input), _rows(encoder_weight), _optional_rows(decoder_weight)
-        encoder_bias, decoder_bias = _contiguous(encoder_bias), _contiguous(decoder_bias)
-        sizes = self._sizes(input, encoder_weight, decoder_weight)
+        input, weights = _rows(input), _weight_rows(weights)
+        sizes = self._checked_sizes(input, weights)
         output = input.new_empty(sizes[0], sizes[2])
         code = input.new_empty((sizes[0], sizes[3]), dtype=torch.float32) if save_code else None
         self._run(
@@ -154,10 +148,7 @@ class Cuda:
             _ACTIVATIONS[activation],
             sizes,
             _at(input),
-            _at(encoder_weight),
-            _at(decoder_weight),
-            _address(encoder_bias),
-            _address(decoder_bias),
+            *_addresses(weights),
             residual,
             _address(output),
             _address(code),
@@ -168,16 +159,14 @@ class Cuda:
         self,
         grad: Tensor,
         input: Tensor,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
+        weights: Weights,
         code: Tensor,
         activation: str,
         residual: bool,
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        grad, input = _rows(grad), _rows(input)
-        encoder_weight, decoder_weight = _rows(encoder_weight), _optional_rows(decoder_weight)
-        sizes = self._sizes(input, encoder_weight, decoder_weight)
+        grad, input, weights = _rows(grad), _rows(input), _weight_rows(weights)
+        sizes = self._checked_sizes(input, weights)
         d_input = input.new_empty(input.shape) if needs[0] else None
         d_weights = _weight_gradients(input, sizes, needs[1:])
         self._run(
@@ -187,8 +176,7 @@ class Cuda:
             _ACTIVATIONS[activation],
             sizes,
             _at(input),
-            _at(encoder_weight),
-            _at(decoder_weight),
+            *_addresses(weights)[:2],
             residual,
             _at(grad),
             # Empty where only the decoder bias has a gradient.
@@ -202,22 +190,14 @@ class Cuda:
         self,
         input: Tensor,
         target: Tensor | None,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
-        encoder_bias: Tensor | None,
-        decoder_bias: Tensor | None,
+        weights: Weights,
         activation: str,
         needs: Sequence[bool],
         save_codes: bool,
     ) -> list[Tensor | None]:
-        if input.dtype == torch.bfloat16 and input.shape[0] < _FEW_ROWS:
-            weights = tuple(map(_float, (decoder_weight, encoder_bias, decoder_bias)))
-            data = (input.float(), _float(target), encoder_weight.float())
-            return self.step(*data, *weights, activation, needs, save_codes)  # type: ignore[call-arg, arg-type]
-        input, encoder_weight, decoder_weight = _rows(input), _rows(encoder_weight), _optional_rows(decoder_weight)
-        target = _optional_rows(target)
-        encoder_bias, decoder_bias = _contiguous(encoder_bias), _contiguous(decoder_bias)
-        sizes = self._sizes(input, encoder_weight, decoder_weight)
+        input, target, weights = few_rows_as_float(input, target, weights)
+        input, target, weights = _rows(input), _optional_rows(target), _weight_rows(weights)
+        sizes = self._checked_sizes(input, weights)
         d_weights = _weight_gradients(input, sizes, needs)
         total = input.new_empty((), dtype=accumulation_dtype(input.dtype))
         code, code_gradient = (
@@ -230,10 +210,7 @@ class Cuda:
             _ACTIVATIONS[activation],
             sizes,
             _at(input),
-            _at(encoder_weight),
-            _at(decoder_weight),
-            _address(encoder_bias),
-            _address(decoder_bias),
+            *_addresses(weights),
             _at(target),
             _address(total),
             [_address(gradient) for gradient in d_weights],
@@ -244,36 +221,27 @@ class Cuda:
 
     def sparse_step(
         self,
-        row_starts: Tensor,
-        columns: Tensor,
-        values: Tensor,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
-        encoder_bias: Tensor | None,
-        decoder_bias: Tensor | None,
+        csr: tuple[Tensor, Tensor, Tensor],
+        weights: Weights,
         activation: str,
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        size = (row_starts.numel() - 1, encoder_weight.shape[1])
-        dense = torch.sparse_csr_tensor(row_starts, columns, values, size).to_dense()
-        weights = (encoder_weight, decoder_weight, encoder_bias, decoder_bias)
-        return self.step(dense, None, *weights, activation, needs, False)[:5]
+        dense = torch.sparse_csr_tensor(*csr, (csr[0].numel() - 1, weights.in_features)).to_dense()
+        return self.step(dense, None, weights, activation, needs, False)[:5]
 
     def step_input_gradients(
         self,
         input: Tensor,
         target: Tensor | None,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
-        decoder_bias: Tensor | None,
+        weights: Weights,
         code: Tensor,
         code_gradient: Tensor,
         scale: Tensor,
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        input, encoder_weight, decoder_weight = _rows(input), _rows(encoder_weight), _optional_rows(decoder_weight)
-        target, decoder_bias = _optional_rows(target), _contiguous(decoder_bias)
-        sizes = self._sizes(input, encoder_weight, decoder_weight)
+        input, target, weights = _rows(input), _optional_rows(target), _weight_rows(weights)
+        sizes = self._checked_sizes(input, weights)
+        encoder, decoder, _, decoder_bias = _addresses(weights)
         d_input = input.new_empty(input.shape) if needs[0] else None
         d_target = input.new_empty(sizes[0], sizes[2]) if needs[1] else None
         code, code_gradient, scale = code.contiguous(), code_gradient.contiguous(), scale.float()
@@ -283,9 +251,9 @@ class Cuda:
             _DTYPES[input.dtype],
             sizes,
             _at(input),
-            _at(encoder_weight),
-            _at(decoder_weight),
-            _address(decoder_bias),
+            encoder,
+            decoder,
+            decoder_bias,
             _at(target),
             _address(code),
             _address(code_gradient),
@@ -295,8 +263,8 @@ class Cuda:
         )
         return [d_input, d_target]
 
-    def _sizes(self, input: Tensor, encoder_weight: Tensor, decoder_weight: Tensor | None) -> tuple[int, int, int, int]:
-        sizes = _sizes(input, encoder_weight, decoder_weight)
+    def _checked_sizes(self, input: Tensor, weights: Weights) -> tuple[int, int, int, int]:
+        sizes = _sizes(input, weights)
         if sizes[3] > _MAX_RANK:
             raise ValueError(f"backend 'cuda': expected a rank ≤ {_MAX_RANK}, got {sizes[3]}")
         return sizes
@@ -319,7 +287,3 @@ class Cuda:
                 return
             workspace = torch.empty(size, dtype=torch.uint8, device=like.device)
             launcher((workspace.data_ptr(), *where), *args)
-
-
-def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import ACTIVATIONS
-from .base import Call, accumulation_dtype, dense_blocks, few_rows_as_float
+from .base import Call, Weights, accumulation_dtype, dense_blocks, few_rows_as_float
 
 _DIRECT_BELOW = {torch.float32: 4e-3, torch.float64: 1e-3}
 _HALF = (torch.bfloat16, torch.float16)
@@ -76,17 +76,14 @@ class Gram:
     def bottleneck(
         self,
         input: Tensor,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
-        encoder_bias: Tensor | None,
-        decoder_bias: Tensor | None,
+        weights: Weights,
         activation: str,
         residual: bool,
         save_code: bool,
     ) -> list[Tensor | None]:
-        preactivation = _plus(_product(input, encoder_weight.t()), encoder_bias)
+        preactivation = _plus(_product(input, weights.encoder.t()), weights.encoder_bias)
         code = ACTIVATIONS[activation](preactivation).to(input.dtype)
-        output = _plus(_product(code, _decoder(encoder_weight, decoder_weight).t()), decoder_bias)
+        output = _plus(_product(code, weights.full_decoder.t()), weights.decoder_bias)
         output = output + input if residual else output
         return [output.to(input.dtype), preactivation if save_code else None]
 
@@ -94,23 +91,21 @@ class Gram:
         self,
         grad: Tensor,
         input: Tensor,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
+        weights: Weights,
         code: Tensor,
         activation: str,
         residual: bool,
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        decoder, dtype = _decoder(encoder_weight, decoder_weight), accumulation_dtype(input.dtype)
-        tied = decoder_weight is None
+        tied, dtype = weights.decoder is None, accumulation_dtype(input.dtype)
         d_input = d_encoder = d_decoder = d_encoder_bias = None
         if any(needs[i] for i in (0, 1, 3)):
-            slope = _SLOPES[activation](_product(grad, decoder), code)
+            slope = _SLOPES[activation](_product(grad, weights.full_decoder), code)
             d_encoder_bias = slope.sum(0) if needs[3] else None
             slope = slope.to(input.dtype)
             d_encoder = _product(slope.t(), input) if needs[1] else None
             if needs[0]:
-                d_input = _product(slope, encoder_weight)
+                d_input = _product(slope, weights.encoder)
                 d_input = (d_input + grad if residual else d_input).to(input.dtype)
         if needs[1] if tied else needs[2]:
             d_decoder = _product(grad.t(), ACTIVATIONS[activation](code).to(input.dtype))
@@ -122,52 +117,38 @@ class Gram:
         self,
         input: Tensor,
         target: Tensor | None,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
-        encoder_bias: Tensor | None,
-        decoder_bias: Tensor | None,
+        weights: Weights,
         activation: str,
         needs: Sequence[bool],
         save_codes: bool,
     ) -> list[Tensor | None]:
-        step = _Step(
-            activation,
-            *few_rows_as_float(input, target, encoder_weight, decoder_weight, encoder_bias, decoder_bias),
-        )
+        step = _Step(activation, *few_rows_as_float(input, target, weights))
         total, gradients = step.run(any(needs) or save_codes)
-        tied_needs = (needs[0], needs[1] and decoder_weight is not None, *needs[2:])
+        tied_needs = (needs[0], needs[1] and weights.decoder is not None, *needs[2:])
         wanted = [g if need else None for g, need in zip(gradients, tied_needs, strict=True)]
         codes = [step.code, step.slope] if save_codes else [None, None]
         return [total, *wanted, *codes]
 
     def sparse_step(
         self,
-        row_starts: Tensor,
-        columns: Tensor,
-        values: Tensor,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
-        encoder_bias: Tensor | None,
-        decoder_bias: Tensor | None,
+        csr: tuple[Tensor, Tensor, Tensor],
+        weights: Weights,
         activation: str,
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        weights = (encoder_weight, decoder_weight, encoder_bias, decoder_bias)
-        return dense_blocks(self.step, (row_starts, columns, values), weights, activation, needs, rows=4096)
+        return dense_blocks(self.step, csr, weights, activation, needs, rows=4096)
 
     def step_input_gradients(
         self,
         input: Tensor,
         target: Tensor | None,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
-        decoder_bias: Tensor | None,
+        weights: Weights,
         code: Tensor,
         code_gradient: Tensor,
         scale: Tensor,
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        decoder = _decoder(encoder_weight, decoder_weight)
+        decoder = weights.full_decoder
         dtype, goal = input.dtype, input if target is None else target
         outputs = [
             tensor.new_empty(tensor.shape) if need else None for tensor, need in zip((input, goal), needs, strict=True)
@@ -176,10 +157,10 @@ class Gram:
             # R is a small difference: the code is taken in two parts, as if it had not been rounded.
             high = code[rows].to(dtype)
             low = (code[rows] - high).to(dtype)
-            error = _plus(_product(high, decoder.t()), decoder_bias) - goal[rows]
+            error = _plus(_product(high, decoder.t()), weights.decoder_bias) - goal[rows]
             error = error + _product(low, decoder.t()) if dtype in _HALF else error
             if outputs[0] is not None:
-                gradient = _product(code_gradient[rows].to(dtype), encoder_weight)
+                gradient = _product(code_gradient[rows].to(dtype), weights.encoder)
                 outputs[0][rows] = (scale * (gradient - error if target is None else gradient)).to(dtype)
             if outputs[1] is not None:
                 outputs[1][rows] = (-scale * error).to(dtype)
@@ -189,23 +170,14 @@ class Gram:
 class _Step:
     """One step: the operands, then the code and its gradient."""
 
-    def __init__(
-        self,
-        activation: str,
-        input: Tensor,
-        target: Tensor | None,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
-        encoder_bias: Tensor | None,
-        decoder_bias: Tensor | None,
-    ) -> None:
-        self.input, self.encoder = input, encoder_weight
+    def __init__(self, activation: str, input: Tensor, target: Tensor | None, weights: Weights) -> None:
+        self.input, self.encoder = input, weights.encoder
         self.joint, self.target = target is None, input if target is None else target
-        self.tied, self.decoder = decoder_weight is None, _decoder(encoder_weight, decoder_weight)
-        self.encoder_bias, self.activation = encoder_bias, activation
+        self.tied, self.decoder = weights.decoder is None, weights.full_decoder
+        self.encoder_bias, self.activation = weights.encoder_bias, activation
         self.dtype = accumulation_dtype(input.dtype)
-        bias = self.decoder.new_zeros(self.decoder.shape[0]) if decoder_bias is None else decoder_bias
-        self.bias = bias.to(self.dtype)
+        bias = weights.decoder_bias
+        self.bias = (self.decoder.new_zeros(self.decoder.shape[0]) if bias is None else bias).to(self.dtype)
         self.preactivation = self.code = self.slope = input.new_empty(0)
 
     def run(self, gradients: bool) -> tuple[Tensor, list[Tensor | None]]:
@@ -286,10 +258,6 @@ class _Step:
     def _gradients(self, d_encoder: Tensor, d_decoder: Tensor, d_decoder_bias: Tensor) -> list[Tensor | None]:
         d_encoder = (d_encoder + d_decoder.t() if self.tied else d_encoder).contiguous()
         return [d_encoder, d_decoder.contiguous(), self.slope.sum(0), d_decoder_bias]
-
-
-def _decoder(encoder_weight: Tensor, decoder_weight: Tensor | None) -> Tensor:
-    return encoder_weight.t() if decoder_weight is None else decoder_weight
 
 
 def _plus(product: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Call, accumulation_dtype, dense_blocks, few_rows_as_float
+from .base import Call, Weights, accumulation_dtype, dense_blocks, few_rows_as_float
 from .layout import collapse
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -131,17 +131,13 @@ class Native:
     def bottleneck(
         self,
         input: Tensor,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
-        encoder_bias: Tensor | None,
-        decoder_bias: Tensor | None,
+        weights: Weights,
         activation: str,
         residual: bool,
         save_code: bool,
     ) -> list[Tensor | None]:
-        input, encoder_weight, decoder_weight = _rows(input), _rows(encoder_weight), _optional_rows(decoder_weight)
-        encoder_bias, decoder_bias = _contiguous(encoder_bias), _contiguous(decoder_bias)
-        sizes = _sizes(input, encoder_weight, decoder_weight)
+        input, weights = _rows(input), _weight_rows(weights)
+        sizes = _sizes(input, weights)
         output = input.new_empty(sizes[0], sizes[2])
         code = input.new_empty((sizes[0], sizes[3]), dtype=accumulation_dtype(input.dtype)) if save_code else None
         _native.forward(
@@ -150,10 +146,7 @@ class Native:
             torch.get_num_threads(),
             sizes,
             _at(input),
-            _at(encoder_weight),
-            _at(decoder_weight),
-            _address(encoder_bias),
-            _address(decoder_bias),
+            *_addresses(weights),
             residual,
             output.data_ptr(),
             _address(code),
@@ -164,16 +157,14 @@ class Native:
         self,
         grad: Tensor,
         input: Tensor,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
+        weights: Weights,
         code: Tensor,
         activation: str,
         residual: bool,
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        grad, input = _rows(grad), _rows(input)
-        encoder_weight, decoder_weight = _rows(encoder_weight), _optional_rows(decoder_weight)
-        sizes = _sizes(input, encoder_weight, decoder_weight)
+        grad, input, weights = _rows(grad), _rows(input), _weight_rows(weights)
+        sizes = _sizes(input, weights)
         d_input = input.new_empty(input.shape) if needs[0] else None
         d_weights = _weight_gradients(input, sizes, needs[1:])
         _native.backward(
@@ -182,8 +173,7 @@ class Native:
             torch.get_num_threads(),
             sizes,
             _at(input),
-            _at(encoder_weight),
-            _at(decoder_weight),
+            *_addresses(weights)[:2],
             residual,
             _at(grad),
             code.contiguous().data_ptr(),
@@ -196,22 +186,15 @@ class Native:
         self,
         input: Tensor,
         target: Tensor | None,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
-        encoder_bias: Tensor | None,
-        decoder_bias: Tensor | None,
+        weights: Weights,
         activation: str,
         needs: Sequence[bool],
         save_codes: bool,
         form: str = "auto",
     ) -> list[Tensor | None]:
-        input, target, encoder_weight, decoder_weight, encoder_bias, decoder_bias = few_rows_as_float(
-            input, target, encoder_weight, decoder_weight, encoder_bias, decoder_bias
-        )
-        input, encoder_weight, decoder_weight = _rows(input), _rows(encoder_weight), _optional_rows(decoder_weight)
-        target = _optional_rows(target)
-        encoder_bias, decoder_bias = _contiguous(encoder_bias), _contiguous(decoder_bias)
-        sizes = _sizes(input, encoder_weight, decoder_weight)
+        input, target, weights = few_rows_as_float(input, target, weights)
+        input, target, weights = _rows(input), _optional_rows(target), _weight_rows(weights)
+        sizes = _sizes(input, weights)
         dtype = accumulation_dtype(input.dtype)
         d_weights = _weight_gradients(input, sizes, needs)
         code, code_gradient = (
@@ -223,10 +206,7 @@ class Native:
             torch.get_num_threads(),
             sizes,
             _at(input),
-            _at(encoder_weight),
-            _at(decoder_weight),
-            _address(encoder_bias),
-            _address(decoder_bias),
+            *_addresses(weights),
             _FORMS[form],
             _at(target),
             [_address(gradient) for gradient in d_weights],
@@ -238,21 +218,14 @@ class Native:
 
     def sparse_step(
         self,
-        row_starts: Tensor,
-        columns: Tensor,
-        values: Tensor,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
-        encoder_bias: Tensor | None,
-        decoder_bias: Tensor | None,
+        csr: tuple[Tensor, Tensor, Tensor],
+        weights: Weights,
         activation: str,
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        row_starts, columns, values = row_starts.contiguous(), columns.contiguous(), values.contiguous()
-        encoder_weight, decoder_weight = _rows(encoder_weight), _optional_rows(decoder_weight)
-        encoder_bias, decoder_bias = _contiguous(encoder_bias), _contiguous(decoder_bias)
-        rank, in_features = encoder_weight.shape
-        sizes = (row_starts.numel() - 1, in_features, in_features, rank)
+        row_starts, columns, values = (part.contiguous() for part in csr)
+        weights = _weight_rows(weights)
+        sizes = (row_starts.numel() - 1, weights.in_features, weights.in_features, weights.rank)
         d_weights = _weight_gradients(values, sizes, needs)
         total, energy = _native.sparse_step(
             _DTYPES[values.dtype],
@@ -262,33 +235,27 @@ class Native:
             row_starts.data_ptr(),
             columns.data_ptr(),
             values.data_ptr(),
-            _at(encoder_weight),
-            _at(decoder_weight),
-            _address(encoder_bias),
-            _address(decoder_bias),
+            *_addresses(weights),
             [_address(gradient) for gradient in d_weights],
         )
         if total < _DIRECT_BELOW.get(values.dtype, 0.0) * energy:
-            weights = (encoder_weight, decoder_weight, encoder_bias, decoder_bias)
             # The residual is so small that the Gram form cancels.
-            return dense_blocks(self.step, (row_starts, columns, values), weights, activation, needs, _DENSE_ROWS)
+            return dense_blocks(self.step, csr, weights, activation, needs, _DENSE_ROWS)
         return [torch.tensor(total, dtype=accumulation_dtype(values.dtype)).clamp_(min=0), *d_weights]
 
     def step_input_gradients(
         self,
         input: Tensor,
         target: Tensor | None,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
-        decoder_bias: Tensor | None,
+        weights: Weights,
         code: Tensor,
         code_gradient: Tensor,
         scale: Tensor,
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        input, encoder_weight, decoder_weight = _rows(input), _rows(encoder_weight), _optional_rows(decoder_weight)
-        target, decoder_bias = _optional_rows(target), _contiguous(decoder_bias)
-        sizes = _sizes(input, encoder_weight, decoder_weight)
+        input, target, weights = _rows(input), _optional_rows(target), _weight_rows(weights)
+        sizes = _sizes(input, weights)
+        encoder, decoder, _, decoder_bias = _addresses(weights)
         d_input = input.new_empty(input.shape) if needs[0] else None
         d_target = input.new_empty(sizes[0], sizes[2]) if needs[1] else None
         _native.step_input_gradients(
@@ -296,9 +263,9 @@ class Native:
             torch.get_num_threads(),
             sizes,
             _at(input),
-            _at(encoder_weight),
-            _at(decoder_weight),
-            _address(decoder_bias),
+            encoder,
+            decoder,
+            decoder_bias,
             _at(target),
             code.contiguous().data_ptr(),
             code_gradient.contiguous().data_ptr(),
@@ -336,8 +303,10 @@ def _optional_rows(matrix: Tensor | None) -> Tensor | None:
     return None if matrix is None else _rows(matrix)
 
 
-def _contiguous(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.contiguous()
+def _weight_rows(weights: Weights) -> Weights:
+    """The weights, contiguous as a kernel wants them."""
+    encoder, decoder, *biases = weights
+    return Weights(_rows(encoder), _optional_rows(decoder), *(b if b is None else b.contiguous() for b in biases))
 
 
 def _at(matrix: Tensor | None) -> tuple[int, int]:
@@ -349,14 +318,17 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _sizes(input: Tensor, encoder_weight: Tensor, decoder_weight: Tensor | None) -> tuple[int, int, int, int]:
-    rank, in_features = encoder_weight.shape
-    out_features = in_features if decoder_weight is None else decoder_weight.shape[0]
-    return input.shape[0], in_features, out_features, rank
+def _addresses(weights: Weights) -> tuple[tuple[int, int], tuple[int, int], int, int]:
+    encoder, decoder, encoder_bias, decoder_bias = weights
+    return _at(encoder), _at(decoder), _address(encoder_bias), _address(decoder_bias)
+
+
+def _sizes(input: Tensor, weights: Weights) -> tuple[int, int, int, int]:
+    return input.shape[0], weights.in_features, weights.out_features, weights.rank
 
 
 def _weight_gradients(input: Tensor, sizes: tuple[int, int, int, int], needs: Sequence[bool]) -> list[Tensor | None]:
-    """Empty gradients of (encoder_weight, decoder_weight, encoder_bias, decoder_bias), None where not needed."""
+    """Empty gradients of the weights, None where not needed."""
     _, in_features, out_features, rank = sizes
     shapes = ((rank, in_features), (out_features, rank), (rank,), (out_features,))
     dtype = accumulation_dtype(input.dtype)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import verified
-from ..base import Call, few_rows_as_float
+from ..base import Call, Weights, few_rows_as_float
 from ..gram import Gram
 from . import tune
 from .config import MAX_RANK
@@ -109,104 +109,88 @@ class Triton:
     def bottleneck(
         self,
         input: Tensor,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
-        encoder_bias: Tensor | None,
-        decoder_bias: Tensor | None,
+        weights: Weights,
         activation: str,
         residual: bool,
         save_code: bool,
     ) -> list[Tensor | None]:
-        arguments = (input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation, residual, save_code)
-        if not _fits(input, encoder_weight):
-            return self._gram.bottleneck(*arguments)
+        if not _fits(input, weights):
+            return self._gram.bottleneck(input, weights, activation, residual, save_code)
         launch = _kernels()
         with launch.on_device(input):
-            rank = encoder_weight.shape[0]
-            results: list[Tensor | None] = tune.run(launch.forward, ("forward",), input, rank, *arguments[1:])
+            options = (activation, residual, save_code)
+            results: list[Tensor | None] = tune.run(
+                launch.forward, ("forward",), input, weights.rank, *weights, *options
+            )
         return results
 
     def bottleneck_backward(
         self,
         grad: Tensor,
         input: Tensor,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
+        weights: Weights,
         code: Tensor,
         activation: str,
         residual: bool,
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        arguments = (grad, input, encoder_weight, decoder_weight, code, activation, residual)
-        if not _fits(input, encoder_weight):
-            return self._gram.bottleneck_backward(*arguments, needs)
+        if not _fits(input, weights):
+            return self._gram.bottleneck_backward(grad, input, weights, code, activation, residual, needs)
         launch = _kernels()
         with launch.on_device(input):
-            more = (*arguments[1:], needs[0], any(needs[1:]))
-            results = tune.run(launch.backward, ("backward", "collect"), grad, encoder_weight.shape[0], *more)
+            more = (input, *weights[:2], code, activation, residual, needs[0], any(needs[1:]))
+            results = tune.run(launch.backward, ("backward", "collect"), grad, weights.rank, *more)
         return _wanted(results, needs)
 
     def step(
         self,
         input: Tensor,
         target: Tensor | None,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
-        encoder_bias: Tensor | None,
-        decoder_bias: Tensor | None,
+        weights: Weights,
         activation: str,
         needs: Sequence[bool],
         save_codes: bool,
     ) -> list[Tensor | None]:
-        operands = (input, target, encoder_weight, decoder_weight, encoder_bias, decoder_bias)
-        if not _fits(input, encoder_weight):
-            return self._gram.step(*operands, activation, needs, save_codes)
+        if not _fits(input, weights):
+            return self._gram.step(input, target, weights, activation, needs, save_codes)
         launch = _kernels()
         with launch.on_device(input):
-            x, *others = few_rows_as_float(*operands)
-            more = (*others, activation, any(needs), save_codes)
-            results = tune.run(launch.step, ("encode", "collect"), x, encoder_weight.shape[0], *more)
+            input, target, weights = few_rows_as_float(input, target, weights)
+            more = (target, *weights, activation, any(needs), save_codes)
+            results = tune.run(launch.step, ("encode", "collect"), input, weights.rank, *more)
         return _wanted(results, (True, *needs, save_codes, save_codes))
 
     def sparse_step(
         self,
-        row_starts: Tensor,
-        columns: Tensor,
-        values: Tensor,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
-        encoder_bias: Tensor | None,
-        decoder_bias: Tensor | None,
+        csr: tuple[Tensor, Tensor, Tensor],
+        weights: Weights,
         activation: str,
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        weights = (encoder_weight, decoder_weight, encoder_bias, decoder_bias)
-        return self._gram.sparse_step(row_starts, columns, values, *weights, activation, needs)
+        return self._gram.sparse_step(csr, weights, activation, needs)
 
     def step_input_gradients(
         self,
         input: Tensor,
         target: Tensor | None,
-        encoder_weight: Tensor,
-        decoder_weight: Tensor | None,
-        decoder_bias: Tensor | None,
+        weights: Weights,
         code: Tensor,
         code_gradient: Tensor,
         scale: Tensor,
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        arguments = (input, target, encoder_weight, decoder_weight, decoder_bias, code, code_gradient, scale, needs)
-        if not _fits(input, encoder_weight):
-            return self._gram.step_input_gradients(*arguments)
+        if not _fits(input, weights):
+            return self._gram.step_input_gradients(input, target, weights, code, code_gradient, scale, needs)
         launch = _kernels()
         with launch.on_device(input):
-            rank = encoder_weight.shape[0]
-            gradients: list[Tensor | None] = tune.run(launch.data_gradients, ("data",), input, rank, *arguments[1:])
+            encoder, decoder, _, bias = weights
+            more = (target, encoder, decoder, bias, code, code_gradient, scale, needs)
+            gradients: list[Tensor | None] = tune.run(launch.data_gradients, ("data",), input, weights.rank, *more)
         return gradients
 
 
-def _fits(input: Tensor, encoder_weight: Tensor) -> bool:
-    return input.dtype != torch.float64 and encoder_weight.shape[0] <= MAX_RANK
+def _fits(input: Tensor, weights: Weights) -> bool:
+    return input.dtype != torch.float64 and weights.rank <= MAX_RANK
 
 
 def _wanted(results: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
