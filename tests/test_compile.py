@@ -84,8 +84,8 @@ def samples(requires_grad: bool = False) -> dict[str, list[tuple[object, ...]]]:
             (o.input, *tied, "relu", True, False, "native"),
         ],
         "bottleneck_backward": [
-            (o.target, o.input, o.encoder_weight, o.decoder_weight, u, "tanh", False, [True] * 5, "native"),
-            (o.input, o.input, o.encoder_weight, None, u, "gelu", True, [True, True, False, False, True], "native"),
+            (o.target, o.input, *weights, u, "tanh", False, [True] * 5, "native"),
+            (o.input, o.input, *tied, u, "gelu", True, [True, True, False, False, True], "native"),
         ],
         "step": [
             (o.input, o.target, *weights, "silu", [True] * 4, True, "native"),
@@ -97,8 +97,8 @@ def samples(requires_grad: bool = False) -> dict[str, list[tuple[object, ...]]]:
             (*rows, *tied, "relu", [True] + [False] * 3, "native"),
         ],
         "step_input_gradients": [
-            (o.input, o.target, *weights[:2], o.decoder_bias, u, u, scale, [True, True], "native"),
-            (itself.input, None, *own[:2], None, u, u, scale, [True, False], "native"),
+            (o.input, o.target, *weights, u, u, scale, [True, True], "native"),
+            (itself.input, None, *own, u, u, scale, [True, False], "native"),
         ],
     }
 
