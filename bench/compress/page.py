@@ -97,14 +97,16 @@ def _recovered(results: dict[str, Any]) -> str:
     rows = [
         [
             f"{part['texts']} {_SOURCES[part['source']]}",
+            part["tokens"],
             *(part["epochs"], part["lr"], f"{part['cosine']:.3f}", f"{part['probe']:.1%}"),
         ]
         for part in found
     ]
     return (
-        "### Recovered\n\nAt 50 %, after learning from the dense model's embeddings of texts without labels (all "
-        f"parameters of the model, in batches of 16); the dense model's probe: {found[0]['dense_probe']:.1%}.\n\n"
-        + _table(["learned from", "epochs", "learning rate", "cosine", "probe"], rows)
+        "### Recovered\n\nAt 50 %, after learning from the dense model's embeddings of texts without labels and from "
+        "the outputs of its layers (all parameters of the model, in batches of 16); the dense model's probe: "
+        f"{found[0]['dense_probe']:.1%}.\n\n"
+        + _table(["learned from", "tokens of each, at most", "epochs", "learning rate", "cosine", "probe"], rows)
     )
 
 

@@ -25,10 +25,10 @@ SHARES = (0.5, 0.6, 0.8)
 Result: TypeAlias = dict[str, Any]
 # Texts that recovery learns from, in batches of 16, and how: others, without labels, or those of the calibration alone.
 RECOVERIES = {
-    "others": bf.Recovery(epochs=1, lr=2e-4, train="all"),
-    "calibration": bf.Recovery(epochs=8, lr=2e-4, train="all"),
+    "others": bf.Recovery(epochs=2, lr=5e-4, train="all"),
+    "calibration": bf.Recovery(epochs=8, lr=5e-4, train="all"),
 }
-OTHERS = 1536
+OTHERS = 4800
 # Batch and tokens at which the gate judges.
 SHAPES = ((1, 32), (8, 64), (8, 128))
 
@@ -101,7 +101,8 @@ def texts_recovered(source: str) -> dict[str, Any]:
     recovery = dataclasses.replace(RECOVERIES[source], data=batches)
     model, report = analysis.compress(keep=0.5, recovery=recovery)
     texts = sum(len(batch[0]) for batch in batches)
-    options = {"texts": texts, "epochs": recovery.epochs, "lr": recovery.lr, "train": recovery.train}
+    tokens = max(batch[0].shape[1] for batch in batches)
+    options = {"texts": texts, "tokens": tokens, "epochs": recovery.epochs, "lr": recovery.lr, "train": recovery.train}
     found = _row(0.5, "data_aware", "measured", probe.row(model), report)
     return {"dense_probe": probe.dense, "source": source, **options, **found, "history": report.history}
 

@@ -152,8 +152,8 @@ def test_recovery_learns_from_the_dense_model_and_stops(low_rank_rows):
     assert report.error < 0.9 * report.error_before_recovery
     assert report.error == pytest.approx(error(model, compressed, low_rank_rows), rel=1e-4)
     assert [row["epoch"] for row in report.history[:3]] == [1, 2, 3]
-    assert {"layers_loss", "layers_held_out_loss"} <= report.history[0].keys()
-    assert "model_held_out_loss" in report.history[-1]
+    assert {"layers_loss", "layers_held_out_error"} <= report.history[0].keys()
+    assert "model_held_out_error" in report.history[-1]
     assert all(parameter.grad is None for parameter in compressed.parameters())
 
 
