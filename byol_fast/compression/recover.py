@@ -28,8 +28,10 @@ class Recovery:
     Args:
         layer_epochs: passes over the data in which each linear bottleneck learns the output of its dense layer, from
             the inputs that it gets in the compressed model, by :meth:`byol_fast.Bottleneck.reconstruction_loss`.
-        epochs: passes in which all of them learn the output of the dense model and of each of its layers that is
-            replaced (distillation, with hints as in FitNets, Romero et al., ICLR 2015).
+        epochs: passes in which all of them learn the output of the dense model (distillation).
+        hints: weight, beside the error of that output, of the mean error of the outputs of the replaced layers, which
+            distillation then learns too (FitNets, Romero et al., ICLR 2015). They make up for data there is too little
+            of in a deep model; a model cut so far that its layers cannot be what they were is better without.
         lr: learning rate of Adam; it rises over the first tenth of the steps and falls to zero by a cosine.
         train: ``"bottlenecks"``, or ``"all"`` parameters of the model, in distillation.
         data: further batches to learn from, as ``calibration`` (they need no labels); None means the calibration
@@ -42,6 +44,7 @@ class Recovery:
 
     layer_epochs: int = 0
     epochs: int = 10
+    hints: float = 0.0
     lr: float = 1e-3
     train: str = "bottlenecks"
     data: Any = None
@@ -54,6 +57,8 @@ class Recovery:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}: expected an integer ≥ 0, got {value!r}")
+        if not self.hints >= 0:
+            raise ValueError(f"hints: expected a number ≥ 0, got {self.hints!r}")
         if not self.lr > 0:
             raise ValueError(f"lr: expected a number > 0, got {self.lr!r}")
         if self.train not in ("bottlenecks", "all"):
@@ -98,7 +103,7 @@ def recover(
             parameter.requires_grad_(any(parameter is other for other in parameters))
         with tqdm(total=total, desc="recover", unit="step", disable=None if progress else True) as bar:
             layers = _Layerwise(model, teacher, sites, replaced, forward)
-            whole = _Distillation(model, teacher, sites, replaced, forward)
+            whole = _Distillation(model, teacher, sites, replaced, forward, options.hints)
             phases: list[tuple[str, int, Loss, Loss]] = [
                 ("layers", options.layer_epochs, layers, layers),
                 ("model", options.epochs, whole, whole.error),
@@ -196,30 +201,31 @@ def _outputs(sites: Sequence[Site]) -> Iterator[list[Tensor]]:
 
 @dataclass(frozen=True)
 class _Distillation:
-    """The error of the model's output, and the mean error of its replaced layers' outputs.
-
-    The layers tell more of a batch than the output does: on MiniLM they make up for texts there are too few of.
-    """
+    """The error of the model's output and, with hints, the mean error of its replaced layers' outputs."""
 
     model: nn.Module
     teacher: nn.Module
     sites: Sequence[Site]
     replaced: Sequence[Site]
     forward: Forward
+    hints: float
 
     def __call__(self, batch: Any) -> Tensor:
+        if not self.hints:
+            return self.error(batch)
         with torch.no_grad(), _outputs(self.sites) as targets:
             target = self.forward(self.teacher, batch)
         with _outputs(self.replaced) as outputs:
             output = self.forward(self.model, batch)
         errors = [_relative(*pair) for pair in zip(outputs, targets, strict=True)]
         # No layer has to be called for every batch.
-        return _relative(output, target) + sum(errors) / max(len(errors), 1)
+        return _relative(output, target) + self.hints * sum(errors) / max(len(errors), 1)
 
-    @torch.no_grad()
     def error(self, batch: Any) -> Tensor:
         """Of the model's output."""
-        return _relative(self.forward(self.model, batch), self.forward(self.teacher, batch))
+        with torch.no_grad():
+            target = self.forward(self.teacher, batch)
+        return _relative(self.forward(self.model, batch), target)
 
 
 class _Layerwise:

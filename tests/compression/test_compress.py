@@ -157,6 +157,17 @@ def test_recovery_learns_from_the_dense_model_and_stops(low_rank_rows):
     assert all(parameter.grad is None for parameter in compressed.parameters())
 
 
+def test_hints_make_layers_alike_that_the_output_alone_does_not(low_rank_rows):
+    model = perceptron()
+
+    def layer_error(hints):
+        options = {"keep": 0.5, "batch_size": 16, **OPEN}
+        found, _ = bf.compress(model, low_rank_rows, recovery=bf.Recovery(epochs=20, hints=hints, lr=3e-3), **options)
+        return error(model[:3], found[:3], low_rank_rows)
+
+    assert layer_error(hints=1.0) < 0.8 * layer_error(hints=0.0)
+
+
 def test_recovery_never_leaves_the_model_worse_on_what_was_held_out(low_rank_rows):
     options = {"keep": 0.3, "batch_size": 16, **OPEN}
     expected, _ = bf.compress(perceptron(), low_rank_rows, **options)
@@ -288,5 +299,7 @@ def test_arguments_that_do_not_fit_are_named(options, error, message):
 def test_recovery_checks_its_arguments():
     with pytest.raises(ValueError, match="epochs: expected an integer ≥ 0, got -1"):
         bf.Recovery(epochs=-1)
+    with pytest.raises(ValueError, match="hints: expected a number ≥ 0, got -1"):
+        bf.Recovery(hints=-1)
     with pytest.raises(ValueError, match="train: expected one of bottlenecks, all, got 'some'"):
         bf.Recovery(train="some")
