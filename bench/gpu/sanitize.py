@@ -5,6 +5,7 @@ Exits with 1 if a tool finds an error, a result is far from the reference's, or 
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from .device import DEVICE, REHEARSAL, available
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Rows, features, rank: ragged, in whole tiles, and, in half precision, of one and of two blocks of a cluster.
+# With tied weights, too, of which the second has a rank of one pass.
 SHAPES = [(70, 83, 13), (129, 64, 64), (65, 131, 100), (130, 256, 32), (130, 520, 32)]
 if REHEARSAL:
     SHAPES = [(33, 35, 5), (65, 72, 8)]
@@ -71,27 +73,27 @@ def _child() -> int:
     torch.manual_seed(0)
     wrong = 0
     for dtype in DTYPES:
-        for rows, features, rank in SHAPES:
-            tensors = [
-                torch.randn(*size, device=DEVICE, dtype=dtype).requires_grad_()
-                for size in ((rows, features), (rank, features), (features, rank), (rank,), (features,))
-            ]
+        for (rows, features, rank), tied in itertools.product(SHAPES, (False, True)):
+            sizes = ((rows, features), (rank, features), (features, rank), (rank,), (features,))
+            tensors = [torch.randn(*size, device=DEVICE, dtype=dtype) for size in sizes]
             for operation in ("bottleneck_mse_loss", "bottleneck"):
                 with bf.use_backend("cuda"):
-                    got = _results(getattr(bf, operation), tensors)
-                expected = _results(getattr(reference, operation), [tensor.double() for tensor in tensors])
+                    got = _results(getattr(bf, operation), tensors, tied)
+                expected = _results(getattr(reference, operation), [tensor.double() for tensor in tensors], tied)
                 for one, other in zip(got, expected, strict=True):
                     error = ((one.double() - other).norm() / other.norm()).item()
                     if not error < 0.05:
-                        print(f"{operation}, {dtype}, {(rows, features, rank)}: relative error {error:.1e}")
+                        words = "tied" if tied else "untied"
+                        print(f"{operation}, {words}, {dtype}, {(rows, features, rank)}: relative error {error:.1e}")
                         wrong = 1
     return wrong
 
 
-def _results(function, tensors):  # type: ignore[no-untyped-def]
+def _results(function, tensors, tied):  # type: ignore[no-untyped-def]
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    output = function(*leaves, activation="tanh")
-    return [output.detach(), *torch.autograd.grad(output.sum(), leaves)]
+    encode, decode = leaves[:2], leaves[3:]
+    output = function(*encode, None if tied else leaves[2], *decode, activation="tanh")
+    return [output.detach(), *torch.autograd.grad(output.sum(), encode + decode if tied else leaves)]
 
 
 if __name__ == "__main__":

@@ -60,11 +60,11 @@ class Cuda:
     """CUDA tensors of float32, bfloat16 and float16, rank up to 128; see :class:`byol_fast.backends.base.Kernels`."""
 
     name = "cuda"
+    # Whether the step may read its rows once, on GPUs that can (sm_90) and where it fits (cluster_plan.h).
+    single_pass = True
 
     def __init__(self, module: Any = _cuda, reason: str | None = _reason, device: str = "cuda") -> None:
         self._module, self._reason, self._device = module, reason, device
-        # Whether the step may read its rows once, on GPUs that can (sm_90) and where it fits (cluster_plan.h).
-        self.single_pass = True
 
     def unavailable(self) -> str | None:
         if self._module is None:
@@ -89,7 +89,7 @@ class Cuda:
         return "made dense, the input is as large as PyTorch's" if call.sparse else None
 
     def form(self, dtype: torch.dtype, tied: bool, sparse: bool) -> str:
-        gram = "gram (tied: one product in the first pass)" if tied else "gram"
+        gram = "gram (tied: one product in either pass)" if tied else "gram"
         if dtype == torch.float32:
             return f"{gram}, direct for row tiles with a residual ratio below 0.004"
         return gram
