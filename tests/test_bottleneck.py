@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract import ACTIVATIONS, DTYPES, assert_all, make_operands, results
+from contract import ACTIVATIONS, DTYPES, make_operands, results
+from sweeps import check_layer, same_bits
 
 import byol_fast as bf
 from byol_fast import reference
@@ -18,21 +19,21 @@ from byol_fast import reference
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_contract(backend: str, activation: str, dtype: torch.dtype, tied: bool, residual: bool) -> None:
     operands = make_operands(dtype=dtype, tied=tied)
-    assert_all(bf.bottleneck, reference.bottleneck, operands, activation=activation, residual=residual)
+    check_layer(operands, activation=activation, residual=residual)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 64, 8, 3), (7, 5, 9, 11), (64, 97, 1, 31), (2003, 41, 17, 389)])
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 def test_contract_over_shapes(backend: str, shape: tuple[int, int, int, int], bias: bool) -> None:
     operands = make_operands(*shape, bias=bias, target=True)
-    assert_all(bf.bottleneck, reference.bottleneck, replace(operands, target=None), activation="gelu")
+    check_layer(operands, activation="gelu")
 
 
 @pytest.mark.parametrize("leading", [(), (4,), (2, 3), (0,), (2, 0, 3)], ids=str)
 def test_leading_dimensions(backend: str, leading: tuple[int, ...]) -> None:
     operands = make_operands(rows=torch.Size(leading).numel())
     operands = replace(operands, input=operands.input.reshape(*leading, operands.input.shape[-1]))
-    assert_all(bf.bottleneck, reference.bottleneck, operands)
+    check_layer(operands)
 
 
 def test_input_that_cannot_be_viewed_as_a_matrix(backend: str) -> None:
@@ -61,11 +62,7 @@ def test_strides_of_the_incoming_gradient(backend: str, gradient: str) -> None:
 
 
 def test_bit_equal_over_runs(backend: str) -> None:
-    operands = make_operands(2003, 97, 17)
-    first = results(bf.bottleneck, operands, activation="silu")
-    for _ in range(5):
-        again = results(bf.bottleneck, operands, activation="silu")
-        assert all(torch.equal(first[name], again[name]) for name in first)
+    same_bits(bf.bottleneck, make_operands(2003, 97, 17), times=6, activation="silu")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -9,28 +9,30 @@ import torch
 from contract import ACTIVATIONS, BACKENDS, DTYPES, RATIOS, Operands, assert_all, make_operands, results
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sweeps import (
+    check_step,
+    same_bits,
+    step_at_ratio,
+    step_of_shape,
+    step_with_a_target_at_ratio,
+    step_with_activation,
+)
 
 import byol_fast as bf
 from byol_fast import reference
-
-
-def check(operands: Operands, **options: object) -> None:
-    assert_all(bf.bottleneck_mse_loss, reference.bottleneck_mse_loss, operands, **options)
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_contract_over_residual_ratios(backend: str, dtype: torch.dtype, tied: bool, ratio: float) -> None:
-    check(make_operands(dtype=dtype, tied=tied, ratio=ratio), reduction="sum")
+    step_at_ratio(dtype, tied, ratio)
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_contract_over_residual_ratios_with_a_target(backend: str, dtype: torch.dtype, ratio: float) -> None:
-    operands = make_operands(out_features=47, dtype=dtype, target=True, activation="tanh", ratio=ratio)
-    # A mean this small would be subnormal in half precision, and its rounding all there is to see.
-    check(operands, activation="tanh", reduction="sum")
+    step_with_a_target_at_ratio(dtype, ratio)
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1e-4])
@@ -42,13 +44,13 @@ def test_contract_over_activations(
     backend: str, activation: str, tied: bool, bias: bool, target: bool, ratio: float
 ) -> None:
     operands = make_operands(tied=tied, bias=bias, target=target, activation=activation, ratio=ratio)
-    check(operands, activation=activation)
+    check_step(operands, activation=activation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_contract_over_activations_and_dtypes(backend: str, activation: str, dtype: torch.dtype) -> None:
-    check(make_operands(dtype=dtype, activation=activation), activation=activation, reduction="sum")
+    step_with_activation(activation, dtype)
 
 
 # The last is long enough for several row tiles, threads and accumulators.
@@ -59,7 +61,7 @@ SHAPES = [(1, 1, 1), (1, 83, 13), (2, 5, 7), (13, 3, 1), (97, 31, 37), (5, 257, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_contract_over_shapes(backend: str, dtype: torch.dtype, shape: tuple[int, int, int], tied: bool) -> None:
-    check(make_operands(*shape, dtype=dtype, tied=tied))
+    step_of_shape(shape, dtype, tied)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -79,7 +81,7 @@ def test_contract_over_any_shape(
     operands = make_operands(rows, in_features, rank, out_features, tied=tied, bias=bias, target=target)
     for name in BACKENDS:
         with bf.use_backend(name):
-            check(operands)
+            check_step(operands)
 
 
 def strided(tensor: torch.Tensor, how: str) -> torch.Tensor:
@@ -120,12 +122,12 @@ def test_leading_dimensions(backend: str, leading: tuple[int, ...]) -> None:
     operands = replace(
         operands, input=operands.input.reshape(*leading, -1), target=operands.target.reshape(*leading, -1)
     )
-    check(operands)
+    check_step(operands)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_reductions(backend: str, reduction: str) -> None:
-    check(make_operands(target=True, out_features=11), reduction=reduction)
+    check_step(make_operands(target=True, out_features=11), reduction=reduction)
 
 
 def test_no_rows_gives_what_eager_gives(backend: str) -> None:
@@ -149,11 +151,7 @@ def test_not_a_number_is_not_hidden(backend: str, activation: str, value: float)
 
 
 def test_bit_equal_over_runs(backend: str) -> None:
-    operands = make_operands(3001, 199, 41)
-    first = results(bf.bottleneck_mse_loss, operands, activation="gelu")
-    for _ in range(5):
-        again = results(bf.bottleneck_mse_loss, operands, activation="gelu")
-        assert all(torch.equal(first[name], again[name]) for name in first)
+    same_bits(bf.bottleneck_mse_loss, make_operands(3001, 199, 41), times=6, activation="gelu")
 
 
 def test_arguments_are_not_written(backend: str) -> None:
@@ -180,6 +178,6 @@ def test_thread_counts(backend: str, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check(make_operands(501, 97, 11))
+        check_step(make_operands(501, 97, 11))
     finally:
         torch.set_num_threads(before)

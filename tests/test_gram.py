@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract import ACTIVATIONS, DTYPES, assert_all, make_operands, results
+from contract import ACTIVATIONS, DTYPES, make_operands, results
+from sweeps import check_layer, check_step, step_at_ratio, step_of_shape
 
 import byol_fast as bf
-from byol_fast import reference
 from byol_fast.backends import gram
 
 
@@ -27,34 +27,32 @@ def _backend() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_step_over_residual_ratios(dtype: torch.dtype, tied: bool, ratio: float) -> None:
-    operands = make_operands(dtype=dtype, tied=tied, ratio=ratio)
-    assert_all(bf.bottleneck_mse_loss, reference.bottleneck_mse_loss, operands, reduction="sum")
+    step_at_ratio(dtype, tied, ratio)
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1e-4])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_step_with_a_target(activation: str, ratio: float) -> None:
     operands = make_operands(out_features=47, target=True, activation=activation, ratio=ratio)
-    assert_all(bf.bottleneck_mse_loss, reference.bottleneck_mse_loss, operands, activation=activation)
+    check_step(operands, activation=activation)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 83, 13), (97, 31, 37), (1009, 29, 2)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_step_over_shapes(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
-    assert_all(bf.bottleneck_mse_loss, reference.bottleneck_mse_loss, make_operands(*shape, dtype=dtype))
+    step_of_shape(shape, dtype)
 
 
 def test_blocks_of_columns_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gram, "_BLOCK", 1)
-    assert_all(bf.bottleneck_mse_loss, reference.bottleneck_mse_loss, make_operands(ratio=1e-5))
+    check_step(make_operands(ratio=1e-5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_layer(activation: str, dtype: torch.dtype) -> None:
     for tied in (False, True):
-        operands = make_operands(dtype=dtype, tied=tied)
-        assert_all(bf.bottleneck, reference.bottleneck, operands, activation=activation, residual=True)
+        check_layer(make_operands(dtype=dtype, tied=tied), activation=activation, residual=True)
 
 
 def test_squared_error() -> None:

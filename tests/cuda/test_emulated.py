@@ -8,6 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 from contract import ACTIVATIONS, Operands, assert_all, make_operands, results
+from sweeps import (
+    check_layer,
+    check_step,
+    step_at_ratio,
+    step_of_shape,
+    step_with_a_target_at_ratio,
+    step_with_activation,
+)
 
 import byol_fast as bf
 from byol_fast import reference
@@ -18,33 +26,28 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RATIOS = [1.0, 1e-2, 1e-4, 1e-6]
 
 
-def check(operands: Operands, **options: object) -> None:
-    assert_all(bf.bottleneck_mse_loss, reference.bottleneck_mse_loss, operands, **options)
-
-
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_step_over_residual_ratios(cuda: str, dtype: torch.dtype, tied: bool, ratio: float) -> None:
-    check(make_operands(dtype=dtype, tied=tied, ratio=ratio), reduction="sum")
+    step_at_ratio(dtype, tied, ratio)
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_step_with_a_target(cuda: str, dtype: torch.dtype, ratio: float) -> None:
-    operands = make_operands(out_features=47, dtype=dtype, target=True, activation="tanh", ratio=ratio)
-    check(operands, activation="tanh", reduction="sum")
+    step_with_a_target_at_ratio(dtype, ratio)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tied_step_with_a_target(cuda: str, dtype: torch.dtype) -> None:
-    check(make_operands(rows=140, dtype=dtype, tied=True, target=True, ratio=1e-1), reduction="sum")
+    check_step(make_operands(rows=140, dtype=dtype, tied=True, target=True, ratio=1e-1), reduction="sum")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_step_over_activations(cuda: str, activation: str, dtype: torch.dtype) -> None:
-    check(make_operands(rows=70, dtype=dtype, activation=activation), activation=activation, reduction="sum")
+    step_with_activation(activation, dtype, rows=70)
 
 
 # On both sides of every tile of codes (16, 32, 64, 128), of rows (64, 128) and of columns (32, 64, 128).
@@ -66,28 +69,28 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_step_over_shapes(cuda: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
-    check(make_operands(*shape, dtype=dtype))
+    step_of_shape(shape, dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_layer_over_shapes(cuda: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
-    operands = make_operands(*shape, dtype=dtype)
     # A residual in every other shape.
-    assert_all(bf.bottleneck, reference.bottleneck, operands, activation="silu", residual=shape[1] % 2 == 0)
+    check_layer(make_operands(*shape, dtype=dtype), activation="silu", residual=shape[1] % 2 == 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_layer(cuda: str, dtype: torch.dtype, tied: bool) -> None:
-    operands = make_operands(tied=tied, dtype=dtype, out_features=None if tied else 47, target=not tied)
-    assert_all(bf.bottleneck, reference.bottleneck, replace(operands, target=None), activation="gelu")
+    check_layer(
+        make_operands(tied=tied, dtype=dtype, out_features=None if tied else 47, target=not tied), activation="gelu"
+    )
 
 
 def test_float_tiles_choose_their_form_one_by_one(cuda: str) -> None:
     # The first row tile is reproduced nearly exactly, the second not at all.
     near, far = make_operands(rows=128, ratio=1e-5), make_operands(rows=128, ratio=1.0)
-    check(replace(near, input=torch.cat([near.input, far.input])), reduction="sum")
+    check_step(replace(near, input=torch.cat([near.input, far.input])), reduction="sum")
 
 
 @pytest.mark.parametrize("offset", [0, 1])
