@@ -13,6 +13,7 @@ from sweeps import check_step
 
 import byol_fast as bf
 from byol_fast import reference
+from byol_fast.backends.base import Weights
 from byol_fast.backends.cuda import Cuda
 
 
@@ -159,10 +160,10 @@ def test_sums_begin_afresh_every_4096_rows(
     """Then those of all rows are, to the last bit, those of the first 4096 and of the rest, added in float32."""
     processors(1)
     operands = make_operands(rows=4096 + 64, in_features=16, rank=3, dtype=torch.bfloat16)
-    weights = (operands.encoder_weight, operands.decoder_weight, operands.encoder_bias, operands.decoder_bias)
+    weights = Weights(*(getattr(operands, name) for name in Operands.NAMES[1:5]))
 
     def encoder_gradient(rows: torch.Tensor) -> torch.Tensor:
-        gradient = emulated.step(rows, None, *weights, "identity", (True, False, False, False), False)[1]
+        gradient = emulated.step(rows, None, weights, "identity", (True, False, False, False), False)[1]
         assert gradient is not None
         return gradient
 
