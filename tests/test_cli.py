@@ -14,6 +14,7 @@ import torch
 
 import byol_fast as bf
 from byol_fast import cli
+from byol_fast.backends import BackendStatus, verified
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -49,7 +50,19 @@ def test_info_tells_versions_backends_and_threads(capsys: pytest.CaptureFixture[
     assert told["python"].startswith(platform.python_version())
     assert told["threads"] == str(torch.get_num_threads())
     for name, backend in bf.backends().items():
-        assert told[f"{name} backend"] == str(backend)
+        assert told[f"{name} backend"].startswith(str(backend))
+
+
+def test_info_tells_that_kernels_are_unverified(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = {name: BackendStatus(True) for name in ("gram", "cuda")}
+    monkeypatch.setattr(cli.info, "backends", lambda: here)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(verified, "architecture", lambda device: "sm_0")
+    told = facts(run(capsys, "info")[1])
+    assert told["cuda backend"].strip() == "available, unverified on sm_0: only use_backend('cuda') runs it"
+    assert told["gram backend"].strip() == "available"
 
 
 @pytest.mark.skipif(not bf.backends()["native"].available, reason="there is no native core in this installation")

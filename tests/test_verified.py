@@ -29,6 +29,14 @@ def test_what_is_verified_and_fastest_runs(findings: verified.Findings) -> None:
     assert verified.reason_against("triton", CALL, GPU, findings) is None
 
 
+def test_kernels_that_no_gpu_of_this_kind_has_run_are_said_to_be_unverified(findings: verified.Findings) -> None:
+    for backend in ("cuda", "triton"):
+        assert verified.caveat(backend, GPU, findings) is None
+        assert verified.caveat(backend, torch.device("cpu"), {}) is None
+        assert "unverified on sm_90" in str(verified.caveat(backend, GPU, {}))
+    assert verified.caveat("gram", GPU, {}) is None
+
+
 def test_what_measured_slower_does_not(findings: verified.Findings) -> None:
     reason = verified.reason_against("cuda", CALL, GPU, findings)
     assert reason == "triton measured faster on such calls on sm_90"

@@ -29,6 +29,8 @@ _ROWS = (16384, 1024)
 # launches of some 5 µs, while eager's 13 passes over so much in half precision take 200 µs at 4.3 TB/s.
 _FRAMEWORK, _LARGE = "gram", 2**25
 _HALF = (torch.bfloat16, torch.float16)
+# Kernels of our own: a GPU has to show that they are right.
+_UNPROVEN = ("cuda", "triton")
 
 
 class Finding(TypedDict):
@@ -67,6 +69,16 @@ def reason_for(call: Call, device: torch.device, findings: Findings = _FINDINGS)
     if finding is None:
         return "it moves a third of the bytes of eager PyTorch in fewer operations, by count and not yet measured here"
     return f"measured fastest on such calls on {architecture(device)} ({finding['source']})"
+
+
+def caveat(backend: str, device: torch.device, findings: Findings = _FINDINGS) -> str | None:
+    """None, or what to know of kernels no call of which is verified on a GPU."""
+    if device.type != "cuda" or backend not in _UNPROVEN:
+        return None
+    name = architecture(device)
+    if any(backend in finding["verified"] for finding in findings.get(name, {}).values()):
+        return None
+    return f"unverified on {name}: only use_backend({backend!r}) runs it"
 
 
 def _finding(call: Call, device: torch.device, findings: Findings) -> Finding | None:

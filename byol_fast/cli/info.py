@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .._version import __version__
-from ..backends import backends
+from ..backends import BackendStatus, backends, verified
 from ..backends.native import Native
 from .arguments import Commands
 
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "threads": str(torch.get_num_threads()),
     }
-    lines |= {f"{name} backend": str(status) for name, status in backends().items()}
+    lines |= {f"{name} backend": _described(name, status) for name, status in backends().items()}
     if Native().unavailable() is None:
         native = Native().info()
         sets = ", ".join(native["runnable_instruction_sets"])
@@ -41,3 +41,9 @@ def run(options: argparse.Namespace) -> None:
     width = max(map(len, lines))
     for name, value in lines.items():
         print(f"{name:{width}}  {value}")
+
+
+def _described(name: str, status: BackendStatus) -> str:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    caveat = verified.caveat(name, device) if status.available else None
+    return str(status) if caveat is None else f"{status}, {caveat}"

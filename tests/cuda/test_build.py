@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,6 +126,24 @@ def test_a_build_is_kept_by_content() -> None:
     assert "cluster.h" not in setup_cuda._included("kernels.cu", set())
     assert "cluster.h" in setup_cuda._included("cluster.cu", set())
     assert "tile.h" in setup_cuda._included("kernels.cu", set())
+
+
+def test_a_build_that_fails_fails_no_install_and_is_told(tmp_path: Path) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho no such architecture >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    # In a copy, so that nothing of this installation is built over.
+    for name in ("setup.py", "setup_cuda.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "byol_fast").mkdir()
+    environment = {**os.environ, "CUDA_HOME": str(tmp_path), "BYOL_FAST_BUILD_NATIVE": "0"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "byol_fast" / "_build.json").read_text())["cuda_reason"]
+    assert told.startswith("it could not be compiled when byol_fast was installed: ")
 
 
 def test_the_kernels_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
