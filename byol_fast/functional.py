@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import autograd, reference
-from .backends import Call, Weights, choose, form
+from .backends import FEW_ELEMENTS, Call, Weights, choose, current, form
+from .validation import (
+    REDUCTIONS,
+    are_alike,
+    autocast_dtype,
+    check_bottleneck,
+    check_choice,
+    check_target,
+    check_tensors,
+    is_sparse,
+    pytorch_suffices,
+    shape_of,
+    wants_gradients,
+)
 
 __all__ = ["Explanation", "bottleneck", "bottleneck_mse_loss", "explain", "mse_loss"]
-
-_REDUCTIONS = ("none", "mean", "sum")
-_ACTIVATIONS = tuple(reference.ACTIVATIONS)
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_SPARSE = (torch.sparse_csr, torch.sparse_coo)
 
 
 def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean", weight: Tensor | None = None) -> Tensor:
@@ -43,26 +50,33 @@ def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean", weight: Ten
         TypeError: an argument is no tensor, is sparse, or does not hold floating-point numbers.
         ValueError: unknown reduction, weight of another shape, tensors on different devices.
     """
-    if weight is not None or not _are_alike(input, target):
-        _check_tensors({"input": input, "target": target, "weight": weight})
-    _check_choice("reduction", reduction, _REDUCTIONS)
+    alike = weight is None and are_alike(input, target)
+    if not alike:
+        check_tensors({"input": input, "target": target, "weight": weight})
+    check_choice("reduction", reduction, REDUCTIONS)
+    if alike and input.is_cpu and input.numel() < FEW_ELEMENTS and current() == "auto" and input.shape == target.shape:
+        # What the choice below would come to, without its cost.
+        return reference.mse_loss(input, target, reduction)
     if weight is not None and weight.shape != input.shape:
-        raise ValueError(f"weight: expected the shape of input, {_shape(input)}, got {_shape(weight)}")
+        raise ValueError(f"weight: expected the shape of input, {shape_of(input)}, got {shape_of(weight)}")
     if target.shape != input.shape:
         warnings.warn(
-            f"target has shape {_shape(target)}, input has shape {_shape(input)}: they are broadcast, which is likely "
-            "to give a wrong loss. Please ensure that they have the same shape.",
+            f"target has shape {shape_of(target)}, input has shape {shape_of(input)}: they are broadcast, which is "
+            "likely to give a wrong loss. Please ensure that they have the same shape.",
             stacklevel=2,
         )
         input, target = torch.broadcast_tensors(input, target)
     if weight is not None or reduction == "none":
         return reference.mse_loss(input, target, reduction, weight)
-    dtype = input.dtype if input.dtype == target.dtype else torch.promote_types(input.dtype, target.dtype)
-    loss_dtype = torch.promote_types(dtype, torch.float32) if _autocast_dtype(input) is not None else dtype
-    input, target = input.to(dtype), target.to(dtype)
-    backend = _backend((input, target), Call("mse_loss", dtype, input.numel()))
+    dtype = input.dtype
+    if target.dtype != dtype:
+        dtype = torch.promote_types(dtype, target.dtype)
+        input, target = input.to(dtype), target.to(dtype)
+    call = Call("mse_loss", dtype, input.numel(), gradients=wants_gradients(input, target))
+    backend = _backend((input, target), call)
     if backend == "reference":
         return reference.mse_loss(input, target, reduction)
+    loss_dtype = dtype if autocast_dtype(input) is None else torch.promote_types(dtype, torch.float32)
     return _reduced(autograd.squared_error(input, target, backend), reduction, input.numel(), loss_dtype)
 
 
@@ -94,7 +108,10 @@ def bottleneck(
         TypeError: an argument is no tensor, is sparse, or has another dtype than ``input``.
         ValueError: a shape, device or name does not fit; the message names the argument.
     """
-    tensors = _check_bottleneck(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation)
+    small = _small_bottleneck(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation, residual)
+    if small is not None:
+        return small
+    tensors = check_bottleneck(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation)
     if residual and tensors.out_features != tensors.in_features:
         raise ValueError(
             f"residual: expected out_features = in_features = {tensors.in_features} to add the input to the output, "
@@ -143,11 +160,16 @@ def bottleneck_mse_loss(
         TypeError: an argument is no tensor, is sparse, or has another dtype than ``input``.
         ValueError: a shape, device or name does not fit; the message names the argument.
     """
-    _check_choice("reduction", reduction, _REDUCTIONS)
-    tensors = _check_bottleneck(
+    check_choice("reduction", reduction, REDUCTIONS)
+    small = _small_bottleneck(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation)
+    if small is not None:
+        wanted = input if target is None else target
+        if are_alike(input, wanted) and wanted.shape == small.shape:
+            return reference.mse_loss(small, wanted, reduction)
+    tensors = check_bottleneck(
         input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation, target, sparse=True
     )
-    _check_target(tensors, reduction)
+    check_target(tensors, reduction)
     if reduction == "none":
         output = bottleneck(*tensors.operands(), activation=activation)
         return mse_loss(output, input if target is None else target, "none")
@@ -156,15 +178,44 @@ def bottleneck_mse_loss(
         return reference.bottleneck_mse_loss(
             *tensors.operands(), target=target, activation=activation, reduction=reduction
         )
-    loss_dtype = input.dtype if _autocast_dtype(input) is None else torch.promote_types(input.dtype, torch.float32)
+    loss_dtype = input.dtype if autocast_dtype(input) is None else torch.promote_types(input.dtype, torch.float32)
     tensors = tensors.cast()
-    if _is_sparse(tensors.input):
+    if is_sparse(tensors.input):
         total = _sparse_squared_error(tensors.input, tensors.weights(), activation, backend)
     else:
         goal = None if tensors.target is None else _matrix(tensors.target)
         total = autograd.bottleneck_squared_error(_matrix(tensors.input), goal, tensors.weights(), activation, backend)
     count = input.numel() // tensors.in_features * tensors.out_features
     return _reduced(total, reduction, count, loss_dtype)
+
+
+def _small_bottleneck(
+    input: Tensor,
+    encoder_weight: Tensor,
+    decoder_weight: Tensor | None,
+    encoder_bias: Tensor | None,
+    decoder_bias: Tensor | None,
+    activation: str,
+    residual: bool = False,
+) -> Tensor | None:
+    """The output of a layer that ``auto`` leaves to PyTorch for its size, without the cost of checks and choice.
+
+    None if the call is not one of these, or is in error.
+    """
+    try:
+        if current() != "auto" or not pytorch_suffices(
+            input, encoder_weight, decoder_weight, encoder_bias, decoder_bias
+        ):
+            return None
+        output = reference.bottleneck(
+            input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation=activation
+        )
+        if residual:
+            return input + output if output.shape == input.shape else None
+        return output
+    except Exception:
+        # Whatever is wrong, the checks that follow find it and name it.
+        return None
 
 
 @dataclass(frozen=True)
@@ -190,71 +241,16 @@ def explain(
     activation: str = "identity",
 ) -> Explanation:
     """How :func:`bottleneck_mse_loss` would run on these arguments; it raises the same errors."""
-    tensors = _check_bottleneck(
+    tensors = check_bottleneck(
         input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation, target, sparse=True
     )
-    _check_target(tensors, "mean")
+    check_target(tensors, "mean")
     call = tensors.as_call("bottleneck_mse_loss")
     if _is_empty(call):
         return Explanation("reference", "direct", "an empty tensor leaves nothing to accelerate")
     choice = choose(tensors.present(), call)
-    words = form(choice.backend, call.dtype, decoder_weight is None, _is_sparse(input))
+    words = form(choice.backend, call.dtype, decoder_weight is None, is_sparse(input))
     return Explanation(choice.backend, words, choice.reason)
-
-
-class _Bottleneck(NamedTuple):
-    """The checked tensors of a call."""
-
-    input: Tensor
-    encoder_weight: Tensor
-    decoder_weight: Tensor | None
-    encoder_bias: Tensor | None
-    decoder_bias: Tensor | None
-    target: Tensor | None
-
-    @property
-    def in_features(self) -> int:
-        return self.encoder_weight.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.in_features if self.decoder_weight is None else self.decoder_weight.shape[0]
-
-    def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        return self[:5]
-
-    def weights(self) -> Weights:
-        return Weights(*self[1:5])
-
-    def present(self) -> tuple[Tensor, ...]:
-        return tuple(tensor for tensor in self if tensor is not None)
-
-    def as_call(self, operation: str) -> Call:
-        """What the backends are asked for."""
-        autocast = _autocast_dtype(self.input)
-        dtype = self.input.dtype if autocast is None or self.input.dtype == torch.float64 else autocast
-        rank, in_features = self.encoder_weight.shape
-        rows = self.input.numel() // in_features
-        return Call(operation, dtype, rows, in_features, self.out_features, rank, _is_sparse(self.input))
-
-    def cast(self) -> _Bottleneck:
-        """Under autocast, everything in autocast's dtype, by the rule of ``linear``: all but float64."""
-        dtype = _autocast_dtype(self.input)
-        if dtype is None:
-            return self
-        return _Bottleneck(*(_cast(tensor, dtype) for tensor in self))  # type: ignore[arg-type]
-
-
-def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """Autocast's dtype for the device of this tensor, None where autocast is off."""
-    device = tensor.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 def _backend(tensors: tuple[Tensor, ...], call: Call) -> str:
@@ -264,10 +260,6 @@ def _backend(tensors: tuple[Tensor, ...], call: Call) -> str:
 def _is_empty(call: Call) -> bool:
     # Sums over nothing, and their quotients, are left to PyTorch, so that they are what its users expect.
     return call.rows == 0 or call.out_features == 0
-
-
-def _is_sparse(tensor: Tensor) -> bool:
-    return tensor.layout in _SPARSE
 
 
 # The compiler cannot trace into sparse tensors.
@@ -283,145 +275,5 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 
 def _reduced(total: Tensor, reduction: str, count: int, dtype: torch.dtype) -> Tensor:
-    return (total / count if reduction == "mean" else total).to(dtype)
-
-
-# ----------------------------------------------------------------------------------------------------- validation
-
-
-def _check_bottleneck(
-    input: Tensor,
-    encoder_weight: Tensor,
-    decoder_weight: Tensor | None,
-    encoder_bias: Tensor | None,
-    decoder_bias: Tensor | None,
-    activation: str,
-    target: Tensor | None = None,
-    sparse: bool = False,
-) -> _Bottleneck:
-    tensors = _Bottleneck(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, target)
-    alike = _are_alike(*tensors)
-    if not alike:
-        _check_tensors(tensors._asdict(), sparse_input=sparse)
-    _check_choice("activation", activation, _ACTIVATIONS)
-    if not alike:
-        _check_dtypes(tensors._asdict())
-    if encoder_weight.dim() != 2:
-        raise _wrong_shape("encoder_weight", encoder_weight, ("rank", "in_features"), (None, None))
-    rank, in_features = encoder_weight.shape
-    if rank == 0 or in_features == 0:
-        raise ValueError(f"encoder_weight: expected rank ≥ 1 and in_features ≥ 1, got shape {_shape(encoder_weight)}")
-    if input.shape[-1:] != (in_features,):
-        raise _wrong_shape("input", input, ("...", "in_features"), (in_features,))
-    out_features = in_features
-    if decoder_weight is not None:
-        if decoder_weight.dim() != 2 or decoder_weight.shape[1] != rank:
-            raise _wrong_shape("decoder_weight", decoder_weight, ("out_features", "rank"), (None, rank))
-        out_features = decoder_weight.shape[0]
-    if encoder_bias is not None and encoder_bias.shape != (rank,):
-        raise _wrong_shape("encoder_bias", encoder_bias, ("rank",), (rank,))
-    if decoder_bias is not None and decoder_bias.shape != (out_features,):
-        raise _wrong_shape("decoder_bias", decoder_bias, ("out_features",), (out_features,))
-    return tensors
-
-
-def _check_target(tensors: _Bottleneck, reduction: str) -> None:
-    """The target of a loss: of the output's shape, or the input itself."""
-    if _is_sparse(tensors.input):
-        _check_sparse(tensors, reduction)
-        return
-    expected = [*tensors.input.shape[:-1], tensors.out_features]
-    if tensors.target is None:
-        if tensors.out_features != tensors.in_features:
-            raise ValueError(
-                f"target: expected shape [..., out_features] = {expected}, for out_features differs from in_features = "
-                f"{tensors.in_features}, got None"
-            )
-    elif list(tensors.target.shape) != expected:
-        raise ValueError(f"target: expected shape [..., out_features] = {expected}, got {_shape(tensors.target)}")
-
-
-def _check_sparse(tensors: _Bottleneck, reduction: str) -> None:
-    """What a sparse input cannot do."""
-    if tensors.input.dim() != 2 or tensors.input.dense_dim() != 0:
-        shape = _shape(tensors.input)
-        raise ValueError(f"input: expected a sparse matrix [N, in_features] of scalars, got shape {shape}")
-    if tensors.target is not None:
-        raise ValueError("target: expected None, for a sparse input is its own target, got a tensor")
-    if tensors.out_features != tensors.in_features:
-        raise ValueError(
-            f"decoder_weight: expected out_features = in_features = {tensors.in_features}, for a sparse input is its "
-            f"own target, got {tensors.out_features}"
-        )
-    if reduction == "none":
-        raise ValueError("reduction: expected mean or sum for a sparse input, got 'none'")
-    if tensors.input.requires_grad:
-        raise ValueError("input: expected a sparse input that requires no gradient, got requires_grad=True")
-
-
-def _are_alike(input: Tensor, other: Tensor, *optional: Tensor | None) -> bool:
-    """Whether all are dense floating-point tensors of one dtype and device, as they nearly always are."""
-    if not isinstance(input, Tensor) or input.dtype not in _FLOATS or input.layout != torch.strided:
-        return False
-    dtype, device = input.dtype, input.device
-    return all(
-        isinstance(tensor, Tensor)
-        and tensor.dtype == dtype
-        and tensor.layout == torch.strided
-        and tensor.device == device
-        for tensor in (other, *optional)
-        if tensor is not None or tensor is other
-    )
-
-
-def _check_tensors(named: dict[str, Tensor | None], sparse_input: bool = False) -> None:
-    device = None
-    for name, tensor in named.items():
-        if tensor is None and name not in ("input", "target", "encoder_weight"):
-            continue
-        if tensor is None and name == "target" and "encoder_weight" in named:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.layout != torch.strided and not (sparse_input and name == "input" and _is_sparse(tensor)):
-            expected = (
-                "a strided, sparse_csr or sparse_coo tensor"
-                if sparse_input and name == "input"
-                else "a dense (strided) tensor"
-            )
-            raise TypeError(f"{name}: expected {expected}, got layout {tensor.layout}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
-        if device is not None and tensor.device != device:
-            raise ValueError(f"{name}: expected a tensor on {device}, where input is, got one on {tensor.device}")
-        device = tensor.device
-
-
-def _check_dtypes(named: dict[str, Tensor | None]) -> None:
-    """One dtype, as ``linear`` demands; autocast does away with the differences, but for float64."""
-    input = named["input"]
-    if input is None:
-        return
-    autocast = _autocast_dtype(input) is not None
-    for name, tensor in named.items():
-        if tensor is None or tensor.dtype == input.dtype:
-            continue
-        # A kernel would read one dtype as the other.
-        if not autocast or torch.float64 in (tensor.dtype, input.dtype):
-            raise TypeError(f"{name}: expected the dtype of input, {input.dtype}, got {tensor.dtype}")
-
-
-def _wrong_shape(name: str, tensor: Tensor, symbols: tuple[str, ...], sizes: tuple[int | None, ...]) -> ValueError:
-    """The last dimensions should have been ``sizes`` (None: any)."""
-    leading = ["..."] if symbols[0] == "..." else []
-    numbers = ", ".join((*leading, *("any" if size is None else str(size) for size in sizes)))
-    return ValueError(f"{name}: expected shape [{', '.join(symbols)}] = [{numbers}], got {_shape(tensor)}")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-
-
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)
+    result = total / count if reduction == "mean" else total
+    return result if result.dtype == dtype else result.to(dtype)

@@ -16,17 +16,19 @@ from typing import cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import verified
-from .base import Backend, Call, Kernels, Weights, accumulation_dtype
+from .base import FEW_ELEMENTS, Backend, Call, Kernels, Weights, accumulation_dtype, is_small
 from .cuda import Cuda
 from .gram import Gram
 from .native import Native
 from .triton import Triton
 
 __all__ = [
+    "FEW_ELEMENTS",
     "BackendError",
     "BackendStatus",
     "Call",
@@ -37,6 +39,7 @@ __all__ = [
     "choose",
     "current",
     "form",
+    "is_small",
     "kernels",
     "scatter_kernel",
     "use_backend",
@@ -79,6 +82,7 @@ _REGISTRY: dict[str, Backend] = {
 _PREFERENCE = {"cuda": ("cuda", "triton", "gram")}
 _PREFERENCE_ELSEWHERE = ("native",)
 _AUTO = "auto"
+_PLAIN = (Tensor, Parameter)
 
 
 @dataclass(frozen=True)
@@ -126,14 +130,15 @@ def _valid_choices() -> str:
     return f"valid choices on this machine: {', '.join((_AUTO, *runnable))}"
 
 
-# None until the first use, so that a bad BYOL_FAST_BACKEND fails the call that needs it and not the import.
-_current: str | None = None
+_requested = os.environ.get("BYOL_FAST_BACKEND") or _AUTO
+# None while BYOL_FAST_BACKEND decides, so that a bad name fails the call that needs it and not the import.
+_current: str | None = _AUTO if _requested == _AUTO else None
 
 
 def current() -> str:
     """The backend in force: ``"auto"`` or the name given to :class:`use_backend` or ``BYOL_FAST_BACKEND``."""
     if _current is None:
-        return _require(os.environ.get("BYOL_FAST_BACKEND") or _AUTO, "BYOL_FAST_BACKEND")
+        return _require(_requested, "BYOL_FAST_BACKEND")
     return _current
 
 
@@ -204,9 +209,13 @@ def _refusal(name: str, tensors: Sequence[Tensor]) -> str | None:
     if name != "reference" and forward_ad._current_level >= 0:
         return "forward-mode differentiation only runs in plain PyTorch"
     # A subclass (DTensor, quantised, logging, …) must see every operation on itself, so it goes through plain PyTorch.
-    if name != "reference" and (has_torch_function(tensors) or any(map(is_traceable_wrapper_subclass, tensors))):
+    if name != "reference" and (has_torch_function(tensors) or any(map(_is_wrapper, tensors))):
         return "a tensor subclass only runs in plain PyTorch"
     return _REGISTRY[name].refuses(tensors)
+
+
+def _is_wrapper(tensor: Tensor) -> bool:
+    return type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor)
 
 
 def form(name: str, dtype: torch.dtype, tied: bool, sparse: bool) -> str:

@@ -51,7 +51,8 @@ class Weights(NamedTuple):
 class Call(NamedTuple):
     """What is asked for: what a backend needs to know to say whether it is worth it.
 
-    ``operation`` is ``"mse_loss"`` (of ``rows`` elements), ``"bottleneck"`` or ``"bottleneck_mse_loss"``.
+    ``operation`` is ``"mse_loss"`` (of ``rows`` elements), ``"bottleneck"`` or ``"bottleneck_mse_loss"``; ``gradients``
+    says whether any argument will want one.
     """
 
     operation: str
@@ -61,6 +62,16 @@ class Call(NamedTuple):
     out_features: int = 1
     rank: int = 1
     sparse: bool = False
+    gradients: bool = False
+
+
+# Below so many elements PyTorch takes less time for a squared error on a CPU than what surrounds a kernel does.
+FEW_ELEMENTS = 2**18
+
+
+def is_small(rows: int, in_features: int, out_features: int, rank: int) -> bool:
+    """Whether PyTorch's own two products of a layer on a CPU take less time than what surrounds a kernel would."""
+    return rows * rank * (in_features + out_features) < 4_000_000
 
 
 class Backend(Protocol):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Call, Weights, accumulation_dtype, dense_blocks, few_rows_as_float
+from .base import FEW_ELEMENTS, Call, Weights, accumulation_dtype, dense_blocks, few_rows_as_float, is_small
 from .layout import collapse
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -19,6 +19,8 @@ _ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, 
 _FORMS = {"auto": 0, "gram": 1, "direct": 2}
 # The residual ratio below which a row tile takes the direct form (kDirectBelow in csrc/cpu/step.h).
 _DIRECT_BELOW = {torch.float32: 4e-3, torch.float64: 1e-3}
+# The same as FEW_ELEMENTS for a squared error and its gradients.
+_FEW_ELEMENTS_BACKWARD = 2**20
 # Rows of a sparse input that are made dense at a time, when they have to be.
 _DENSE_ROWS = 256
 _ABSENT = (0, 0)
@@ -72,10 +74,11 @@ class Native:
     def declines(self, call: Call) -> str | None:
         """The crossovers, as bench/ measured them on an AVX-512 server CPU with two threads."""
         if call.operation == "mse_loss":
-            return None if call.rows >= 2**17 else "PyTorch is faster on fewer than 131072 elements"
+            few = _FEW_ELEMENTS_BACKWARD if call.gradients else FEW_ELEMENTS
+            return None if call.rows >= few else f"PyTorch is faster on fewer than {few} elements"
         if call.sparse:
             return None
-        if call.rows * call.rank * (call.in_features + call.out_features) < 4_000_000:
+        if is_small(call.rows, call.in_features, call.out_features, call.rank):
             return "PyTorch is faster on so small a product"
         if call.dtype == torch.float16:
             return None
@@ -105,9 +108,9 @@ class Native:
         return gram if threshold is None else f"{gram}, direct for row tiles with a residual ratio below {threshold:g}"
 
     def squared_error(self, input: Tensor, target: Tensor) -> Tensor:
-        rows, cols, (x, t) = collapse(input, target)
-        total = _native.squared_error(_DTYPES[input.dtype], torch.get_num_threads(), rows, cols, _at(x), _at(t))
-        return torch.tensor(total, dtype=accumulation_dtype(input.dtype))
+        rows, cols, _matrices, (x, t) = _collapsed(input, target)
+        total = _native.squared_error(_DTYPES[input.dtype], torch.get_num_threads(), rows, cols, x, t)
+        return torch.scalar_tensor(total, dtype=accumulation_dtype(input.dtype))
 
     def squared_error_backward(
         self, input: Tensor, target: Tensor, scale: Tensor, needs: Sequence[bool]
@@ -116,14 +119,14 @@ class Native:
             torch.empty_like(tensor) if need else None for tensor, need in zip((input, target), needs, strict=True)
         ]
         present = [output for output in outputs if output is not None]
-        rows, cols, (x, t, *matrices) = collapse(input, target, *present)
-        # An output that could not be viewed as a matrix was copied: its values go back at the end.
-        addresses = iter(matrices)
-        d_input, d_target = (_ABSENT if output is None else _at(next(addresses)) for output in outputs)
+        rows, cols, matrices, (x, t, *others) = _collapsed(input, target, *present)
+        addresses = iter(others)
+        d_input, d_target = (_ABSENT if output is None else next(addresses) for output in outputs)
         _native.squared_error_backward(
-            _DTYPES[input.dtype], torch.get_num_threads(), rows, cols, _at(x), _at(t), float(scale), d_input, d_target
+            _DTYPES[input.dtype], torch.get_num_threads(), rows, cols, x, t, float(scale), d_input, d_target
         )
-        for output, matrix in zip(present, matrices, strict=True):
+        # An output that could not be viewed as a matrix was copied: its values go back.
+        for output, matrix in zip(present, matrices[2:], strict=True):
             if output.data_ptr() != matrix.data_ptr():
                 output.copy_(matrix.reshape(output.shape))
         return outputs
@@ -213,8 +216,7 @@ class Native:
             _address(code),
             _address(code_gradient),
         )
-        # Rounding may leave a sum of squares just below zero; the gradients do not pass through it.
-        return [torch.tensor(total, dtype=dtype).clamp_(min=0), *d_weights, code, code_gradient]
+        return [_non_negative(total, dtype), *d_weights, code, code_gradient]
 
     def sparse_step(
         self,
@@ -241,7 +243,7 @@ class Native:
         if total < _DIRECT_BELOW.get(values.dtype, 0.0) * energy:
             # The residual is so small that the Gram form cancels.
             return dense_blocks(self.step, csr, weights, activation, needs, _DENSE_ROWS)
-        return [torch.tensor(total, dtype=accumulation_dtype(values.dtype)).clamp_(min=0), *d_weights]
+        return [_non_negative(total, accumulation_dtype(values.dtype)), *d_weights]
 
     def step_input_gradients(
         self,
@@ -292,6 +294,20 @@ class Native:
             sums.data_ptr(),
         )
         return sums
+
+
+def _collapsed(*tensors: Tensor) -> tuple[int, int, Sequence[Tensor], list[tuple[int, int]]]:
+    """Rows, columns, matrices of :func:`collapse` and where they are; contiguous tensors need no views."""
+    if all(tensor.is_contiguous() for tensor in tensors):
+        cols = tensors[0].numel()
+        return 1, cols, tensors, [(tensor.data_ptr(), cols) for tensor in tensors]
+    rows, cols, matrices = collapse(*tensors)
+    return rows, cols, matrices, [_at(matrix) for matrix in matrices]
+
+
+def _non_negative(total: float, dtype: torch.dtype) -> Tensor:
+    """A sum of squares, which rounding may have left just below zero; NaN stays NaN."""
+    return torch.scalar_tensor(0.0 if total < 0 else total, dtype=dtype)
 
 
 def _rows(matrix: Tensor) -> Tensor:

@@ -156,10 +156,11 @@ class Bottleneck(nn.Module):
         return cast(Tensor, self.decoder(code))
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self._is_plain():
+        weights = self._plain_weights()
+        if weights is None:
             output = self.decode(self.encode(input))
             return input + output if self.residual else output
-        return functional.bottleneck(input, *self._weights(), activation=self.activation, residual=self.residual)
+        return functional.bottleneck(input, *weights, activation=self.activation, residual=self.residual)
 
     def reconstruction_loss(self, input: Tensor, target: Tensor | None = None, reduction: str = "mean") -> Tensor:
         """``mse_loss(self(input), target)`` without building the reconstruction.
@@ -172,27 +173,24 @@ class Bottleneck(nn.Module):
         Raises:
             TypeError, ValueError: as :func:`byol_fast.bottleneck_mse_loss`.
         """
-        if not self._is_plain():
+        weights = self._plain_weights()
+        if weights is None:
             return functional.mse_loss(self(input), input if target is None else target, reduction)
         if self.residual:
             # The input is part of the output, so the decoder has to make what is missing to the target.
             target = (input if target is None else target) - input
         return functional.bottleneck_mse_loss(
-            input, *self._weights(), target=target, activation=self.activation, reduction=reduction
+            input, *weights, target=target, activation=self.activation, reduction=reduction
         )
 
-    def _weights(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        decoder_weight = None if self.tied else self.decoder.weight
-        return self.encoder.weight, decoder_weight, self.encoder.bias, self.decoder.bias
-
-    def _is_plain(self) -> bool:
-        """Whether calling the two submodules would do no more than what the fused operation does."""
-        plain_decoder = type(self.decoder) is nn.Linear or type(self.decoder) is TiedDecoder
-        return (
-            type(self.encoder) is nn.Linear
-            and plain_decoder
-            and not (_is_hooked(self.encoder) or _is_hooked(self.decoder))
-        )
+    def _plain_weights(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] | None:
+        """What the fused operation takes; None if calling the two submodules would do more than it does."""
+        encoder, decoder = self.encoder, self.decoder
+        if type(encoder) is not nn.Linear or _is_hooked(encoder) or _is_hooked(decoder):
+            return None
+        if type(decoder) is nn.Linear:
+            return encoder.weight, decoder.weight, encoder.bias, decoder.bias
+        return (encoder.weight, None, encoder.bias, decoder.bias) if type(decoder) is TiedDecoder else None
 
     def extra_repr(self) -> str:
         options = [f"activation={self.activation}"] if self.activation != "identity" else []

@@ -258,4 +258,14 @@ void multiply_transposed(const Blocks<S>& a, const Panels<S>& b, const Panels<S>
   }
 }
 
+// C += Aᵀ·A, given A in blocks and in panels; below the diagonal, only what shares a tile with it is right.
+template <class S>
+void multiply_symmetric(const Blocks<S>& a, const Panels<S>& b, const Panels<S>& c) {
+  for (int64_t j = 0; j < b.count(); ++j) {
+    const int64_t end = min(a.cols, round_up((j + 1) * kCols<S>, kTileRows));
+    for (int64_t col = 0; col < end; col += kTileRows)
+      register_tile<S, true>(a.data + col * kTileRows, a.stride(), b.row(0, j), a.rows, c.row(col, j), kCols<S>, Into::add);
+  }
+}
+
 }  // namespace byol::BYOL_ISA

@@ -11,6 +11,7 @@
 
 #include "abi.h"
 #include "activation.h"
+#include "gram.h"
 #include "operands.h"
 #include "parallel_for.h"
 
@@ -122,35 +123,11 @@ class SparseStep {
       bias_energy += bias * bias;
       for (int64_t k = 0; args.decoder_bias && k < K; ++k) bias_code[k] += bias * double(decoder_row(d)[k]);
     }
-    gram_data.allocate_zeros(Panels<double>::size(K, K) * threads);
-    parallel_for(threads, [&](int thread) {
-      add_products(D, thread, gram_data + thread * Panels<double>::size(K, K), [&](int64_t d) { return decoder_row(d); });
-    });
-    for (int i = 1; i < threads; ++i)
-      for (int64_t j = 0; j < Panels<double>::size(K, K); ++j) gram_data[j] += gram_data[i * Panels<double>::size(K, K) + j];
-    gram = Panels<double>::over(gram_data, K, K);
+    gram = gram_matrix(D, K, args.threads, gram_data, [&](int64_t d, int64_t k) { return decoder_row(d)[k]; });
   }
 
   // Row d of Wd.
   const S* decoder_row(int64_t d) const { return weights + d * width + (tied ? 0 : K); }
-
-  // sums += MᵀM over a thread's share of the rows of an [rows, K] matrix.
-  template <class Row>
-  void add_products(int64_t rows, int thread, double* sums, const Row& row_of) const {
-    constexpr int64_t kRows = 8 * kTileRows;
-    Buffer<double> tile(kRows * K), block_data(Blocks<double>::size(kRows, K)), panel_data(Panels<double>::size(kRows, K));
-    const int64_t last = share(rows, thread + 1, threads);
-    for (int64_t row = share(rows, thread, threads); row < last; row += kRows) {
-      const int64_t count = min(kRows, last - row);
-      for (int64_t r = 0; r < count; ++r)
-        for (int64_t k = 0; k < K; ++k) tile[r * K + k] = double(row_of(row + r)[k]);
-      const View<double> view{tile, K, 1, count, K};
-      const Panels<double> panels = Panels<double>::over(panel_data, count, K);
-      pack_panels(view, panels);
-      zero_padding(panels, count, K);
-      multiply_transposed(pack_blocks(view, block_data), panels, Panels<double>::over(sums, K, K));
-    }
-  }
 
   // ------------------------------------------------------------------------------------------------------ rows
 

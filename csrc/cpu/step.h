@@ -14,6 +14,7 @@
 
 #include "abi.h"
 #include "activation.h"
+#include "gram.h"
 #include "operands.h"
 #include "parallel_for.h"
 #include "wide.h"
@@ -114,28 +115,17 @@ class Step {
     input_weights.pad();
   }
 
-  // G = Wdᵀ Wd and the row vector bd·Wd. Every row shares their errors, which do not average out in sums over rows, so they are
-  // summed in double, and what rounding G takes away is given back for the mean row of each tile.
+  // G = Wdᵀ Wd and the row vector bd·Wd, which is summed in double as G is. What rounding G takes away is given back for the
+  // mean row of each tile.
   void make_gram(const View<T>& decoder) {
-    constexpr int64_t kRows = 8 * kTileRows;
-    Buffer<double> sums, bias_sums, tile(kRows * K), block_data(Blocks<double>::size(kRows, K));
-    Buffer<double> panel_data(Panels<double>::size(kRows, K));
-    sums.allocate_zeros(Panels<double>::size(K, K));
+    const auto weight = [&](int64_t d, int64_t k) {
+      return load(decoder.data[d * decoder.row_stride + k * decoder.col_stride]);
+    };
+    Buffer<double> sums, bias_sums;
+    const Panels<double> products = gram_matrix(args.out_features, K, args.threads, sums, weight);
     bias_sums.allocate_zeros(K);
-    const Panels<double> products = Panels<double>::over(sums, K, K);
-    for (int64_t row = 0; row < args.out_features; row += kRows) {
-      const View<T> rows = decoder.slice(row, min(kRows, args.out_features - row));
-      for (int64_t r = 0; r < rows.rows; ++r)
-        for (int64_t k = 0; k < K; ++k) {
-          tile[r * K + k] = double(load(rows.data[r * rows.row_stride + k * rows.col_stride]));
-          bias_sums[k] += double(decoder_bias[row + r]) * tile[r * K + k];
-        }
-      const View<double> wide{tile, K, 1, rows.rows, K};
-      const Panels<double> panels = Panels<double>::over(panel_data, rows.rows, K);
-      pack_panels(wide, panels);
-      zero_padding(panels, rows.rows, K);
-      multiply_transposed(pack_blocks(wide, block_data), panels, products);
-    }
+    for (int64_t d = 0; args.decoder_bias && d < args.out_features; ++d)
+      for (int64_t k = 0; k < K; ++k) bias_sums[k] += double(decoder_bias[d]) * double(weight(d, k));
     gram_data.allocate_zeros(Panels<S>::size(K, K));
     gram = Panels<S>::over(gram_data, K, K);
     gram_low.allocate(K * K);

@@ -1,0 +1,44 @@
+// MᵀM of a tall matrix M, in double: G = Wdᵀ Wd, which a step needs before it sees a row. Every row shares G's errors, which do
+// not average out in sums over rows.
+#pragma once
+
+#include "parallel_for.h"
+#include "product.h"
+
+namespace byol::BYOL_ISA {
+
+// sums += Σ m mᵀ over the rows first … last, on and above the diagonal; value(row, k) is an element of M.
+template <class Value>
+void add_gram(int64_t first, int64_t last, int64_t K, const Value& value, double* sums) {
+  constexpr int64_t kRows = 8 * kTileRows;
+  Buffer<double> tile(kRows * K), block_data(Blocks<double>::size(kRows, K)), panel_data(Panels<double>::size(kRows, K));
+  for (int64_t row = first; row < last; row += kRows) {
+    const int64_t count = min(kRows, last - row);
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t k = 0; k < K; ++k) tile[r * K + k] = double(value(row + r, k));
+    const View<double> view{tile, K, 1, count, K};
+    const Panels<double> panels = Panels<double>::over(panel_data, count, K);
+    pack_panels(view, panels);
+    zero_padding(panels, count, K);
+    multiply_symmetric(pack_blocks(view, block_data), panels, Panels<double>::over(sums, K, K));
+  }
+}
+
+// MᵀM of M [rows, K], in `data`; each thread sums a share of the rows.
+template <class Value>
+Panels<double> gram_matrix(int64_t rows, int64_t K, int most_threads, Buffer<double>& data, const Value& value) {
+  const int threads = int(max(1, min(most_threads, rows * K * K / 400000)));
+  const int64_t size = Panels<double>::size(K, K);
+  data.allocate_zeros(size * threads);
+  parallel_for(threads, [&](int thread) {
+    add_gram(share(rows, thread, threads), share(rows, thread + 1, threads), K, value, data + thread * size);
+  });
+  for (int i = 1; i < threads; ++i)
+    for (int64_t j = 0; j < size; ++j) data[j] += data[i * size + j];
+  const Panels<double> products = Panels<double>::over(data, K, K);
+  for (int64_t j = 0; j < K; ++j)
+    for (int64_t k = 0; k < j; ++k) *products.at(j, k) = *products.at(k, j);
+  return products;
+}
+
+}  // namespace byol::BYOL_ISA
