@@ -174,7 +174,7 @@ def pytorch_suffices(
     encoder_bias: Tensor | None,
     decoder_bias: Tensor | None,
 ) -> bool:
-    """Whether ``auto`` leaves these CPU tensors to PyTorch for their size, and PyTorch can be trusted to check the rest.
+    """Whether ``auto`` leaves these CPU tensors to PyTorch for their size, and PyTorch may check the rest.
 
     Every look at a tensor takes as long as a hundredth of a small call, so what ``linear`` refuses by itself is left to
     it, and its errors have to be caught. Looked for is what it would take: integers, sparse and meta tensors, biases
@@ -205,7 +205,7 @@ def pytorch_suffices(
         decoder_bias.numel() != out_features or decoder_bias.dim() != 1 or decoder_bias.dtype is not dtype
     ):
         return False
-    return is_small(input.numel() // in_features, in_features, out_features, rank)
+    return is_small(dtype, input.numel() // in_features, in_features, out_features, rank)
 
 
 def check_tensors(named: dict[str, Tensor | None], sparse_input: bool = False) -> None:

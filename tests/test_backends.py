@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import subprocess
@@ -12,8 +13,12 @@ import torch
 from contract import Operands, make_operands
 
 import byol_fast as bf
+from byol_fast import reference
+from byol_fast.backends import Call
+from byol_fast.backends.crossovers import Crossovers
 
 NATIVE = bf.backends()["native"].available
+needs_native = pytest.mark.skipif(not NATIVE, reason="there is no native core in this installation")
 
 
 def in_fresh_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -56,7 +61,7 @@ def test_absent_backend_says_why_and_what_is_there(name: str) -> None:
         bf.use_backend(name)
 
 
-@pytest.mark.skipif(not NATIVE, reason="there is no native core in this installation")
+@needs_native
 def test_explicit_backend_refuses_tensors_it_cannot_take() -> None:
     operands = make_operands(5, 4, 2).map(lambda t: t.to("meta"))
     with bf.use_backend("native"), pytest.raises(bf.BackendError, match="runs tensors on the CPU, not on meta"):
@@ -97,24 +102,68 @@ def test_explain_tells_backend_form_and_reason(backend: str, tied: bool) -> None
     assert str(explanation) == f"backend {backend} (chosen by name), form: {explanation.form}"
 
 
-@pytest.mark.skipif(not NATIVE, reason="there is no native core in this installation")
+@pytest.mark.parametrize("instruction_set", ["avx512_bf16", "avx2"])
 @pytest.mark.parametrize(
     ("shape", "dtype", "reason"),
     [
-        ((4096, 256, 8), torch.float32, "measured fastest on such calls"),
-        ((16, 256, 8), torch.float32, "native: PyTorch is faster on so small a product"),
-        ((2048, 1024, 256), torch.float32, "native: PyTorch is faster on fewer rows than 16·rank"),
-        ((4096, 64, 48), torch.float32, "native: PyTorch is faster at a rank above half of the features"),
-        ((1024, 512, 64), torch.bfloat16, "native: PyTorch's bfloat16 products are faster"),
+        ((65536, 256, 8), torch.float32, None),
+        ((16, 256, 8), torch.float32, "PyTorch is faster on so small a product"),
+        ((1024, 1024, 256), torch.float32, "PyTorch is faster on fewer rows than "),
+        ((65536, 64, 48), torch.float32, "PyTorch is faster on fewer features than "),
+        ((4096, 512, 64), torch.float16, None),
     ],
     ids=str,
 )
-def test_auto_passes_the_kernels_by_where_they_measured_slower(
-    shape: tuple[int, int, int], dtype: torch.dtype, reason: str
+def test_rules_for_pytorch(
+    instruction_set: str, shape: tuple[int, int, int], dtype: torch.dtype, reason: str | None
 ) -> None:
-    explanation = make_operands(*shape, dtype=dtype).call(bf.explain)  # type: ignore[arg-type]
-    assert explanation.reason.startswith(reason)
-    assert explanation.backend == ("native" if reason.startswith("measured") else "reference")
+    rules, (rows, features, rank) = Crossovers(instruction_set), shape
+    call = Call("bottleneck_mse_loss", dtype, rows, features, features, rank, gradients=True)
+    found = rules.reason_for_pytorch(call)
+    assert found is None if reason is None else found is not None and found.startswith(reason)
+
+
+def test_bfloat16_goes_to_pytorch_only_where_it_has_products() -> None:
+    call = Call("bottleneck_mse_loss", torch.bfloat16, 1024, 512, 512, 64, gradients=True)
+    assert Crossovers("avx512_bf16").reason_for_pytorch(call) == "PyTorch is faster on fewer rows than 32·rank"
+    assert Crossovers("avx2").reason_for_pytorch(call) is None
+
+
+@pytest.mark.parametrize("instruction_set", ["avx512", "avx2"])
+def test_what_is_small_is_small_for_every_operation(instruction_set: str) -> None:
+    rules, sizes = Crossovers(instruction_set), (1, 30, 300, 3000)
+    for dtype, rows, features, rank in itertools.product((torch.float32, torch.bfloat16), sizes, sizes, sizes):
+        small = rules.is_small(dtype, rows, features, features, rank)
+        reasons = [
+            rules.reason_for_pytorch(Call(operation, dtype, rows, features, features, rank, gradients=gradients))
+            for operation in ("bottleneck", "bottleneck_mse_loss")
+            for gradients in (False, True)
+        ]
+        assert not small or None not in reasons, (dtype, rows, features, rank)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+def test_a_small_call_is_pytorchs_to_the_bit(tied: bool, residual: bool) -> None:
+    operands = make_operands(6, 5, 3, tied=tied).map(lambda t: t.requires_grad_())
+    options = {"activation": "gelu", "residual": residual}
+    assert torch.equal(operands.call(bf.bottleneck, **options), operands.call(reference.bottleneck, **options))
+    for reduction in ("mean", "sum", "none"):
+        ours, theirs = (
+            operands.call(function, activation="relu", reduction=reduction)
+            for function in (bf.bottleneck_mse_loss, reference.bottleneck_mse_loss)
+        )
+        assert torch.equal(ours, theirs)
+        gradients = [torch.autograd.grad(loss.sum(), operands.encoder_weight)[0] for loss in (ours, theirs)]
+        assert torch.equal(*gradients)
+
+
+@needs_native
+def test_explain_tells_why_pytorch_is_taken() -> None:
+    small = make_operands(16, 256, 8).call(bf.explain)  # type: ignore[arg-type]
+    assert (small.backend, small.reason) == ("reference", "native: PyTorch is faster on so small a product")
+    large = make_operands(8192, 256, 8).call(bf.explain)  # type: ignore[arg-type]
+    assert (large.backend, large.reason) == ("native", "measured fastest on such calls")
 
 
 def test_environment_variable() -> None:
@@ -128,7 +177,7 @@ def test_environment_variable() -> None:
     assert "BYOL_FAST_BACKEND: backend 'cuda' cannot run here" in failed.stderr
 
 
-@pytest.mark.skipif(not NATIVE, reason="there is no native core in this installation")
+@needs_native
 def test_instruction_set_variable() -> None:
     from byol_fast.backends.native import Native
 
@@ -157,7 +206,7 @@ def _child(queue: multiprocessing.Queue[float], operands: Operands) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.skipif(not NATIVE, reason="there is no native core in this installation")
+@needs_native
 def test_forked_child_after_the_parent_used_the_kernels() -> None:
     operands = make_operands(3001, 199, 41)
     expected = operands.call(bf.bottleneck_mse_loss).item()
@@ -170,7 +219,7 @@ def test_forked_child_after_the_parent_used_the_kernels() -> None:
     assert process.exitcode == 0
 
 
-@pytest.mark.skipif(not NATIVE, reason="there is no native core in this installation")
+@needs_native
 def test_plain_threads_give_the_same_bits_as_torchs_pool() -> None:
     code = (
         "import torch, byol_fast as bf; torch.set_num_threads(2); torch.manual_seed(0)\n"

@@ -52,6 +52,16 @@ CASES = [
         "decoder_weight: expected a dense (strided) tensor, got layout torch.sparse_coo",
     ),
     (
+        {"encoder_weight": torch.randn(3, 5).to_sparse_csr()},
+        TypeError,
+        "encoder_weight: expected a dense (strided) tensor, got layout torch.sparse_csr",
+    ),
+    (
+        {"input": torch.randn(3, 2, 5).transpose(0, 1), "encoder_bias": torch.randn(3).double()},
+        TypeError,
+        "encoder_bias: expected the dtype of input, torch.float32, got torch.float64",
+    ),
+    (
         {"encoder_weight": torch.randn(3, 5, device="meta")},
         ValueError,
         "encoder_weight: expected a tensor on cpu, where input is, got one on meta",
@@ -75,6 +85,8 @@ CASES = [
     ),
     ({"encoder_bias": torch.randn(4)}, ValueError, "encoder_bias: expected shape [rank] = [3], got [4]"),
     ({"encoder_bias": torch.randn(1, 3)}, ValueError, "encoder_bias: expected shape [rank] = [3], got [1, 3]"),
+    ({"encoder_bias": torch.randn(1)}, ValueError, "encoder_bias: expected shape [rank] = [3], got [1]"),
+    ({"decoder_bias": torch.randn(6, 4)}, ValueError, "decoder_bias: expected shape [out_features] = [4], got [6, 4]"),
     ({"decoder_bias": torch.randn(5)}, ValueError, "decoder_bias: expected shape [out_features] = [4], got [5]"),
     (
         {"target": torch.randn(6, 5)},
@@ -111,6 +123,11 @@ LAYER_CASES = [
         "residual: expected out_features = in_features = 5 to add the input to the output, got out_features = 4",
     ),
     (
+        {"residual": True, "decoder_weight": torch.randn(1, 3), "decoder_bias": torch.randn(1)},
+        ValueError,
+        "residual: expected out_features = in_features = 5 to add the input to the output, got out_features = 1",
+    ),
+    (
         {"input": torch.randn(6, 5).to_sparse_csr()},
         TypeError,
         "input: expected a dense (strided) tensor, got layout torch.sparse_csr",
@@ -124,7 +141,7 @@ LAYER_CASES = [
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
-@pytest.mark.parametrize(("changes", "error", "message"), LAYER_CASES, ids=["residual", "sparse", "dtype"])
+@pytest.mark.parametrize(("changes", "error", "message"), LAYER_CASES, ids=["residual", "broadcast", "sparse", "dtype"])
 def test_bottleneck(changes: dict[str, object], error: type[Exception], message: str) -> None:
     given = operands(**changes)
     del given["target"]

@@ -21,10 +21,11 @@ from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import verified
-from .base import FEW_ELEMENTS, Backend, Call, Kernels, Weights, accumulation_dtype, is_small
+from .base import Backend, Call, Kernels, Weights, accumulation_dtype
+from .crossovers import FEW_ELEMENTS
 from .cuda import Cuda
 from .gram import Gram
-from .native import Native
+from .native import Native, crossovers
 from .triton import Triton
 
 __all__ = [
@@ -82,6 +83,7 @@ _REGISTRY: dict[str, Backend] = {
 _PREFERENCE = {"cuda": ("cuda", "triton", "gram")}
 _PREFERENCE_ELSEWHERE = ("native",)
 _AUTO = "auto"
+is_small = crossovers.is_small
 _PLAIN = (Tensor, Parameter)
 
 

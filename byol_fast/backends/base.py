@@ -65,15 +65,6 @@ class Call(NamedTuple):
     gradients: bool = False
 
 
-# Below so many elements PyTorch takes less time for a squared error on a CPU than what surrounds a kernel does.
-FEW_ELEMENTS = 2**18
-
-
-def is_small(rows: int, in_features: int, out_features: int, rank: int) -> bool:
-    """Whether PyTorch's own two products of a layer on a CPU take less time than what surrounds a kernel would."""
-    return rows * rank * (in_features + out_features) < 4_000_000
-
-
 class Backend(Protocol):
     """One way to run the operations."""
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import FEW_ELEMENTS, Call, Weights, accumulation_dtype, dense_blocks, few_rows_as_float, is_small
+from .base import Call, Weights, accumulation_dtype, dense_blocks, few_rows_as_float
+from .crossovers import Crossovers
 from .layout import collapse
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -19,8 +20,6 @@ _ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, 
 _FORMS = {"auto": 0, "gram": 1, "direct": 2}
 # The residual ratio below which a row tile takes the direct form (kDirectBelow in csrc/cpu/step.h).
 _DIRECT_BELOW = {torch.float32: 4e-3, torch.float64: 1e-3}
-# The same as FEW_ELEMENTS for a squared error and its gradients.
-_FEW_ELEMENTS_BACKWARD = 2**20
 # Rows of a sparse input that are made dense at a time, when they have to be.
 _DENSE_ROWS = 256
 _ABSENT = (0, 0)
@@ -48,6 +47,7 @@ def _build_failure() -> str | None:
 
 # Loaded with the package, not at first use: `torch.compile` cannot trace an import.
 _native, _reason = _load()
+crossovers = Crossovers("" if _native is None else _native.info()["instruction_set"])
 
 
 class Native:
@@ -72,27 +72,7 @@ class Native:
         return None
 
     def declines(self, call: Call) -> str | None:
-        """The crossovers, as bench/ measured them on an AVX-512 server CPU with two threads."""
-        if call.operation == "mse_loss":
-            few = _FEW_ELEMENTS_BACKWARD if call.gradients else FEW_ELEMENTS
-            return None if call.rows >= few else f"PyTorch is faster on fewer than {few} elements"
-        if call.sparse:
-            return None
-        if is_small(call.rows, call.in_features, call.out_features, call.rank):
-            return "PyTorch is faster on so small a product"
-        if call.dtype == torch.float16:
-            return None
-        if 2 * call.rank > max(call.in_features, call.out_features):
-            return "PyTorch is faster at a rank above half of the features"
-        if call.dtype == torch.bfloat16:
-            if call.operation == "bottleneck" or call.rows < 32 * call.rank:
-                return "PyTorch's bfloat16 products are faster, but for the loss of at least 32·rank rows"
-            return None
-        if call.rows < 16 * call.rank:
-            return "PyTorch is faster on fewer rows than 16·rank"
-        if call.operation == "bottleneck" and call.rank < 32:
-            return "PyTorch is faster on a layer of rank < 32"
-        return None
+        return crossovers.reason_for_pytorch(call)
 
     def form(self, dtype: torch.dtype, tied: bool, sparse: bool) -> str:
         if sparse:

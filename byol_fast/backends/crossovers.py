@@ -1,0 +1,111 @@
+"""Where PyTorch's own operations take less time on a CPU than the native kernels: what ``auto`` goes by there.
+
+The rules count the work; their numbers were fitted to measurements on two cores. With N rows, D features and rank K,
+the kernels save passes over N×D matrices and, in a training step, 2NDK of 10NDK operations. They pay by products of
+4K²(N + D) operations, by packing their operands, and by what surrounds a kernel. So they want much work, many rows for
+each unit of the rank, and many features for each unit of the rank. Where only the loss is wanted no operations are
+saved, and a layer saves no pass over N×D.
+
+Half precision depends on whether PyTorch has products for it: for bfloat16 it has with AVX-512; where it has none, it
+takes three to twelve times as long as the kernels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .base import Call
+
+# Below so many elements PyTorch takes less time for a squared error, and for one with its gradients.
+FEW_ELEMENTS, _FEW_ELEMENTS_BACKWARD = 2**18, 2**20
+
+
+class _Least(NamedTuple):
+    """The least that the kernels want: rows·rank·(in_features + out_features), and so on."""
+
+    work: int
+    rows_per_rank: int = 0
+    features_per_rank: int = 0
+    rank: int = 0
+
+
+class _Operations(NamedTuple):
+    """What each operation wants; None: PyTorch is never slower."""
+
+    step: _Least
+    loss: _Least
+    layer: _Least | None
+    layer_step: _Least | None
+
+
+_AVX512 = _Least(4_000_000, 16, 2)
+_AVX512_LAYER = _AVX512._replace(rank=32)
+_AVX512_BFLOAT16 = _AVX512._replace(rows_per_rank=32)
+_ON_AVX512 = _Operations(_AVX512, _AVX512, _AVX512_LAYER, _AVX512_LAYER)
+_ON_AVX2 = _Operations(
+    step=_Least(8_000_000, 8, 3),
+    loss=_Least(16_000_000, 16, 6),
+    layer=None,
+    layer_step=_Least(32_000_000, 16, 6),
+)
+_WITHOUT_PRODUCTS = _Operations(*[_Least(300_000)] * 4)
+_LEAST = {
+    "avx512": {
+        torch.float32: _ON_AVX512,
+        torch.float64: _ON_AVX512,
+        torch.bfloat16: _Operations(_AVX512_BFLOAT16, _AVX512_BFLOAT16, None, None),
+        torch.float16: _Operations(*[_Least(4_000_000)] * 4),
+    },
+    "avx2": {
+        torch.float32: _ON_AVX2,
+        torch.float64: _ON_AVX2,
+        torch.bfloat16: _WITHOUT_PRODUCTS,
+        torch.float16: _WITHOUT_PRODUCTS,
+    },
+}
+
+
+class Crossovers:
+    """The rules for an instruction set of the native core."""
+
+    def __init__(self, instruction_set: str) -> None:
+        # What is not AVX-512 goes by what was measured with AVX2.
+        self._least = _LEAST["avx512" if instruction_set.startswith("avx512") else "avx2"]
+        self._least_of_any = {
+            dtype: (min(least.work for least in wants), min(least.rows_per_rank for least in wants))
+            for dtype, operations in self._least.items()
+            for wants in [[least for least in operations if least is not None]]
+        }
+
+    def is_small(self, dtype: torch.dtype, rows: int, in_features: int, out_features: int, rank: int) -> bool:
+        """Whether PyTorch is faster at every operation of this size."""
+        work, rows_per_rank = self._least_of_any[dtype]
+        return rows * rank * (in_features + out_features) < work or rows < rows_per_rank * rank
+
+    def reason_for_pytorch(self, call: Call) -> str | None:
+        """Why PyTorch is faster on such a call; None where it is not."""
+        if call.operation == "mse_loss":
+            few = _FEW_ELEMENTS_BACKWARD if call.gradients else FEW_ELEMENTS
+            return None if call.rows >= few else f"PyTorch is faster on fewer than {few} elements"
+        if call.sparse or call.dtype not in self._least:
+            return None
+        least = self._wanted(call)
+        if least is None:
+            return "PyTorch's own products are as fast on a layer"
+        if call.rows * call.rank * (call.in_features + call.out_features) < least.work:
+            return "PyTorch is faster on so small a product"
+        if call.rows < least.rows_per_rank * call.rank:
+            return f"PyTorch is faster on fewer rows than {least.rows_per_rank}·rank"
+        if max(call.in_features, call.out_features) < least.features_per_rank * call.rank:
+            return f"PyTorch is faster on fewer features than {least.features_per_rank}·rank"
+        if call.rank < least.rank:
+            return f"PyTorch is faster on a layer of rank < {least.rank}"
+        return None
+
+    def _wanted(self, call: Call) -> _Least | None:
+        operations = self._least[call.dtype]
+        if call.operation == "bottleneck":
+            return operations.layer_step if call.gradients else operations.layer
+        return operations.step if call.gradients else operations.loss
