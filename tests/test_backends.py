@@ -201,15 +201,20 @@ def test_import_starts_no_threads() -> None:
     assert in_fresh_process(code).stdout.strip() == "0"
 
 
+def _native_loss(operands: Operands) -> float:
+    with bf.use_backend("native"):
+        return operands.call(bf.bottleneck_mse_loss).item()
+
+
 def _child(queue: multiprocessing.Queue[float], operands: Operands) -> None:
-    queue.put(operands.call(bf.bottleneck_mse_loss).item())
+    queue.put(_native_loss(operands))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @needs_native
 def test_forked_child_after_the_parent_used_the_kernels() -> None:
     operands = make_operands(3001, 199, 41)
-    expected = operands.call(bf.bottleneck_mse_loss).item()
+    expected = _native_loss(operands)
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     process = context.Process(target=_child, args=(queue, operands), daemon=True)
