@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: test demo examples lint bench bench-quick bench-compress gpu triton-offline triton36 bench-yield sanitize arm64 fuzz wheel clean
+.PHONY: test instruction-sets demo examples lint bench bench-quick bench-compress gpu triton-offline triton36 bench-yield sanitize arm64 fuzz wheel clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.torch:
@@ -79,6 +79,14 @@ sanitize: $(INSTALLED)
 # The native core cross-compiled for arm64 and run under emulation; Debian: g++-aarch64-linux-gnu, qemu-user-static.
 arm64: $(INSTALLED)
 	$(BIN)/python tests/native/fuzz.py arm64 --cases 100
+
+# The tests of the kernels on every instruction set that this processor has, but for the one that `make test` runs on.
+instruction-sets: $(INSTALLED)
+	for set in $$($(BIN)/python -c "from byol_fast import _native; print(*_native.info()['runnable_instruction_sets'][1:])"); do \
+	  echo "BYOL_FAST_CPU=$$set"; \
+	  BYOL_FAST_CPU=$$set $(BIN)/python -m pytest -q -k native tests/test_bottleneck.py tests/test_bottleneck_mse_loss.py \
+	    tests/test_mse_loss.py tests/test_sparse.py tests/test_svd.py || exit 1; \
+	done
 
 fuzz: $(INSTALLED)
 	$(BIN)/python tests/native/fuzz.py plain --first $$(date +%s) --cases 5000

@@ -61,7 +61,7 @@ def page(document: dict, cases: Sequence[dict], machine: dict) -> str:
         chosen = [case for case in cases if case["operation"] == name]
         if chosen:
             parts += [f"## {operation.title}\n", times(chosen, machine)]
-    return "\n".join([*parts, memory(cases), losses(cases), refusals(cases)])
+    return "\n".join([*parts, own_ratios(cases), memory(cases), losses(cases), refusals(cases)])
 
 
 def described(machine: dict) -> Iterable[tuple[str, object]]:
@@ -99,6 +99,18 @@ def times(cases: Sequence[dict], machine: dict) -> str:
         "worst error, ours / eager's",
     ]
     return table(header, rows)
+
+
+def own_ratios(cases: Sequence[dict]) -> str:
+    """What tied weights save over untied ones, and a loss without gradients over a step, at one shape."""
+    times = {(case["operation"], shape(case)): case["variants"][OURS]["p50"] for case in cases}
+    rows = [
+        [name, *(f"{times['step', name] / other:.2f}×" if other else "" for other in others)]
+        for operation, name in times
+        if operation == "step" and any(others := [times.get((kind, name)) for kind in ("tied", "loss")])
+    ]
+    header = ["dtype, N, D, K", "tied weights over untied", "loss only over the step"]
+    return f"## Our own operations compared\n\n{table(header, rows)}" if rows else ""
 
 
 def memory(cases: Sequence[dict]) -> str:

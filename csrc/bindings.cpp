@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "cpu/dispatch.h"
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 
 namespace py = pybind11;
@@ -154,6 +155,8 @@ void scatter(int dtype, int threads, int64_t rows, int64_t features, const PyMat
   kernels.scatter(args);
 }
 
+void prefer_huge_pages(Address data, int64_t bytes) { byol::prefer_huge_pages(at(data), bytes); }
+
 py::dict info() {
   py::dict result;
   result["instruction_set"] = byol::kernels().name;
@@ -176,4 +179,5 @@ PYBIND11_MODULE(_native, module) {
   module.def("sparse_step", &sparse_step);
   module.def("step_input_gradients", &step_input_gradients);
   module.def("scatter", &scatter);
+  module.def("prefer_huge_pages", &prefer_huge_pages);
 }

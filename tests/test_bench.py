@@ -109,6 +109,14 @@ def test_report_of_a_win(page: str) -> None:
     assert "Refused" not in page
 
 
+def test_report_compares_our_own_operations() -> None:
+    case = {"dtype": "float32", "rows": 1000, "features": 100, "rank": 10, "ratio": 1.0}
+    seconds = {"step": 0.012, "tied": 0.006, "loss": 0.004}
+    cases = [{**case, "operation": name, "variants": {OURS: result(time)}} for name, time in seconds.items()]
+    assert "| float32, 1000, 100, 10 | 2.00× | 3.00× |" in report.own_ratios(cases)
+    assert report.own_ratios(cases[1:]) == ""
+
+
 @pytest.mark.parametrize("page", [LOSS], indirect=True)
 def test_report_of_a_loss(page: str) -> None:
     assert "- step, float32, 1000, 100, 10: 16.0 ms, chunked 4 ms (0.25×)\n" in page

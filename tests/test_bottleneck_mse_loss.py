@@ -6,7 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract import ACTIVATIONS, BACKENDS, DTYPES, RATIOS, Operands, assert_all, make_operands, results
+from contract import (
+    ACTIVATIONS,
+    BACKENDS,
+    DTYPES,
+    RATIOS,
+    Operands,
+    assert_all,
+    assert_contract,
+    make_operands,
+    results,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sweeps import (
@@ -181,3 +191,21 @@ def test_thread_counts(backend: str, threads: int) -> None:
         check_step(make_operands(501, 97, 11))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="there is no native core in this installation")
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_a_setting_that_permits_less_precision_costs_none(precision: str) -> None:
+    """The kernels keep, at any setting, the contract with what PyTorch computes at the highest precision."""
+    operands = make_operands()
+    eager = results(reference.bottleneck_mse_loss, operands)
+    truth = results(reference.bottleneck_mse_loss, operands.map(torch.Tensor.double))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with bf.use_backend("native"):
+            ours = results(bf.bottleneck_mse_loss, operands)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for name, out in ours.items():
+        assert_contract(out, eager[name], truth[name], name)

@@ -23,12 +23,13 @@ FEW_ELEMENTS, _FEW_ELEMENTS_BACKWARD = 2**18, 2**20
 
 
 class _Least(NamedTuple):
-    """The least that the kernels want: rows·rank·(in_features + out_features), and so on."""
+    """The least that the kernels want: rows·rank·(in_features + out_features), rows/rank, and so on."""
 
     work: int
     rows_per_rank: int = 0
     features_per_rank: int = 0
     rank: int = 0
+    outputs: int = 0
 
 
 class _Operations(NamedTuple):
@@ -47,8 +48,9 @@ _ON_AVX512 = _Operations(_AVX512, _AVX512, _AVX512_LAYER, _AVX512_LAYER)
 _ON_AVX2 = _Operations(
     step=_Least(8_000_000, 8, 3),
     loss=_Least(16_000_000, 16, 6),
-    layer=None,
-    layer_step=_Least(32_000_000, 16, 6),
+    # Only where the output is so large that its memory is mapped anew for every call (csrc/cpu/pages.h).
+    layer=_Least(32_000_000, 16, 6, outputs=2**23),
+    layer_step=_Least(32_000_000, 64, 8),
 )
 _WITHOUT_PRODUCTS = _Operations(*[_Least(300_000)] * 4)
 _LEAST = {
@@ -102,6 +104,8 @@ class Crossovers:
             return f"PyTorch is faster on fewer features than {least.features_per_rank}·rank"
         if call.rank < least.rank:
             return f"PyTorch is faster on a layer of rank < {least.rank}"
+        if call.rows * call.out_features < least.outputs:
+            return f"PyTorch's own products are as fast on a layer with fewer than {least.outputs} results"
         return None
 
     def _wanted(self, call: Call) -> _Least | None:

@@ -22,6 +22,8 @@ _FORMS = {"auto": 0, "gram": 1, "direct": 2}
 _DIRECT_BELOW = {torch.float32: 4e-3, torch.float64: 1e-3}
 # Rows of a sparse input that are made dense at a time, when they have to be.
 _DENSE_ROWS = 256
+# The size from which on glibc never reuses freed memory.
+_MAPPED_ANEW = 2**25
 _ABSENT = (0, 0)
 
 
@@ -96,7 +98,8 @@ class Native:
         self, input: Tensor, target: Tensor, scale: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
         outputs = [
-            torch.empty_like(tensor) if need else None for tensor, need in zip((input, target), needs, strict=True)
+            _fresh(torch.empty_like(tensor)) if need else None
+            for tensor, need in zip((input, target), needs, strict=True)
         ]
         present = [output for output in outputs if output is not None]
         rows, cols, matrices, (x, t, *others) = _collapsed(input, target, *present)
@@ -121,7 +124,7 @@ class Native:
     ) -> list[Tensor | None]:
         input, weights = _rows(input), _weight_rows(weights)
         sizes = _sizes(input, weights)
-        output = input.new_empty(sizes[0], sizes[2])
+        output = _fresh(input.new_empty(sizes[0], sizes[2]))
         code = input.new_empty((sizes[0], sizes[3]), dtype=accumulation_dtype(input.dtype)) if save_code else None
         _native.forward(
             _DTYPES[input.dtype],
@@ -148,7 +151,7 @@ class Native:
     ) -> list[Tensor | None]:
         grad, input, weights = _rows(grad), _rows(input), _weight_rows(weights)
         sizes = _sizes(input, weights)
-        d_input = input.new_empty(input.shape) if needs[0] else None
+        d_input = _fresh(input.new_empty(input.shape)) if needs[0] else None
         d_weights = _weight_gradients(input, sizes, needs[1:])
         _native.backward(
             _DTYPES[input.dtype],
@@ -238,8 +241,8 @@ class Native:
         input, target, weights = _rows(input), _optional_rows(target), _weight_rows(weights)
         sizes = _sizes(input, weights)
         encoder, decoder, _, decoder_bias = _addresses(weights)
-        d_input = input.new_empty(input.shape) if needs[0] else None
-        d_target = input.new_empty(sizes[0], sizes[2]) if needs[1] else None
+        d_input = _fresh(input.new_empty(input.shape)) if needs[0] else None
+        d_target = _fresh(input.new_empty(sizes[0], sizes[2])) if needs[1] else None
         _native.step_input_gradients(
             _DTYPES[input.dtype],
             torch.get_num_threads(),
@@ -288,6 +291,13 @@ def _collapsed(*tensors: Tensor) -> tuple[int, int, Sequence[Tensor], list[tuple
 def _non_negative(total: float, dtype: torch.dtype) -> Tensor:
     """A sum of squares, which rounding may have left just below zero; NaN stays NaN."""
     return torch.scalar_tensor(0.0 if total < 0 else total, dtype=dtype)
+
+
+def _fresh(matrix: Tensor) -> Tensor:
+    """The matrix, of no value yet, in large pages if it is so large that its memory is mapped anew for every call."""
+    if matrix.nbytes >= _MAPPED_ANEW:
+        _native.prefer_huge_pages(matrix.data_ptr(), matrix.nbytes)
+    return matrix
 
 
 def _rows(matrix: Tensor) -> Tensor:
