@@ -263,6 +263,8 @@ BYOL_DEVICE void add_sums(float (&c)[4][8][4], float* out, int first_box, bool m
 template <class T, int Kp>
 BYOL_DEVICE void cluster_step(const ClusterKernelArgs& args) {
   using Tile = ClusterTile;
+  static_assert(Tile::kColumns * Tile::kWidth == 128 * kThreads, "C takes 128 registers of a thread, of 255");
+  static_assert(Tile::kRows * Tile::kWidth == 16 * kThreads, "and P 16");
   unsigned char* shared = shared_memory();
   unsigned char *weights = shared + Tile::kWeights, *codes = shared + Tile::kCodes, *partials = shared + Tile::kPartials;
   float* code_tiles = reinterpret_cast<float*>(shared + Tile::kCodeTiles);

@@ -42,6 +42,8 @@ struct ClusterTile {
   static constexpr int kShared = kBarriers + 64;
   static_assert(kShared <= 232448, "all of it fits the 227 KB a block may have on sm_90");
   static_assert(kWeights % 1024 == 0 && kCodes % 1024 == 0, "swizzled tiles begin at a multiple of 1024 bytes");
+  static_assert(kPartials % 128 == 0 && kCodeTiles % 16 == 0 && kBarriers % 8 == 0, "slots begin at a bank, barriers are aligned");
+  static_assert(kWidth == 2 * kPairRank && kWidth == kTiedRank, "either form fills the width");
   static_assert(kRows == 1 << 6 && kRows % kMaxCluster == 0, "each block of a cluster owns whole rows");
 };
 
