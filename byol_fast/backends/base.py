@@ -19,6 +19,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def tf32_allowed() -> bool:
+    """Whether PyTorch's settings let products of float32 on a GPU round their operands to tf32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 class Weights(NamedTuple):
     """Encoder ``[K, D]``, decoder ``[Dₒ, K]`` (None = tied: the encoder's transpose), biases ``[K]`` and ``[Dₒ]``."""
 

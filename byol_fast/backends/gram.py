@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import ACTIVATIONS
-from .base import Call, Weights, accumulation_dtype, dense_blocks, few_rows_as_float
+from .base import Call, Weights, accumulation_dtype, dense_blocks, few_rows_as_float, tf32_allowed
 
 _DIRECT_BELOW = {torch.float32: 4e-3, torch.float64: 1e-3}
 _HALF = (torch.bfloat16, torch.float16)
@@ -280,7 +280,7 @@ def _exact(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _tf32_allowed(tensor: Tensor) -> bool:
-    return tensor.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return tensor.device.type == "cuda" and tf32_allowed()
 
 
 def _blocks(count: int, other: int) -> Iterator[slice]:

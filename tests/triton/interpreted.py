@@ -5,11 +5,13 @@ Run by test_interpreter.py in a process of its own, for Triton decides at import
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from contract import Operands, assert_all, make_operands, relative_error, results
+from contract import Operands, assert_all, assert_contract, make_operands, relative_error, results
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton import OutOfResources
 
 import byol_fast as bf
@@ -61,24 +63,65 @@ def test_a_rank_beyond_the_kernels_takes_the_gram_route() -> None:
     check(make_operands(64, 300, config.MAX_RANK + 1))
 
 
-def test_tf32_rounds_each_operand_once() -> None:
+def to_tf32(tensor: torch.Tensor) -> torch.Tensor:
+    bits = tensor.contiguous().view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000).view(torch.float32)
+
+
+class EagerInTf32(TorchDispatchMode):
+    """PyTorch's products as a GPU makes them where the settings allow tf32."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            args = (*args[:-2], *map(to_tf32, args[-2:]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("ratio", [1.0, 1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_tf32_keeps_the_contract_beside_eager_in_tf32(ratio: float, tied: bool) -> None:
+    operands = make_operands(200, 90, 11, ratio=ratio, tied=tied)
+    ours = results(bf.bottleneck_mse_loss, operands, reduction="sum")
+    with EagerInTf32():
+        eager = results(reference.bottleneck_mse_loss, operands, reduction="sum")
+    truth = results(reference.bottleneck_mse_loss, operands.map(torch.Tensor.double), reduction="sum")
+    for name in ours:
+        assert_contract(ours[name], eager[name], truth[name], name)
+
+
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("ratio", [1e-2, 1e-5])
+def test_tf32_rounds_each_operand_once(ratio: float) -> None:
     """The loss is that of the rounded operands to float32's accuracy: ‖a‖², G and Q see the same numbers."""
-    operands = make_operands(200, 90, 11, ratio=1e-2, bias=False)
-
-    def rounded(tensor: torch.Tensor) -> torch.Tensor:
-        bits = tensor.view(torch.int32)
-        return ((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000).view(torch.float32)
-
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        ours = results(bf.bottleneck_mse_loss, operands)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = "none"
-    truth = results(reference.bottleneck_mse_loss, operands.map(rounded).map(torch.Tensor.double))
-    assert relative_error(ours["output"], truth["output"]) < 2e-6
+    operands = make_operands(200, 90, 11, ratio=ratio, bias=False)
+    ours = results(bf.bottleneck_mse_loss, operands)
+    truth = results(reference.bottleneck_mse_loss, operands.map(to_tf32).map(torch.Tensor.double))
+    assert relative_error(ours["output"], truth["output"]) < max(2e-6, 2e-8 / ratio)
     for name in ("d_encoder_weight", "d_decoder_weight"):
-        # The code and its gradient are rounded, too: 2⁻¹² of them, over the residual, which is a tenth of the rows.
-        assert relative_error(ours[name], truth[name]) < 1e-3, name
+        # The code and its gradient are rounded, too: 2⁻¹² of them, over the residual.
+        assert relative_error(ours[name], truth[name]) < 1e-4 / ratio**0.5, name
+
+
+@pytest.mark.parametrize("setting", ["high", "medium"])
+def test_tf32_only_where_the_settings_allow_it(setting: str) -> None:
+    x = torch.empty(1)
+    assert launch._precision(x)["PRECISION"] == "ieee"
+    torch.set_float32_matmul_precision(setting)
+    try:
+        assert launch._precision(x) == {"TF32": True, "PRECISION": "tf32", "EXACT": "bf16x6"}
+        assert not launch._precision(x.half())["TF32"]
+        assert "direct" not in bf.explain(x[None], x[None], x[None]).form
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert not launch._precision(x)["TF32"]
 
 
 def test_padding_of_rows_and_ranks_is_not_read() -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import verified
-from ..base import Call, Weights, few_rows_as_float
+from ..base import Call, Weights, few_rows_as_float, tf32_allowed
 from ..gram import Gram
 from . import tune
 from .config import MAX_RANK
@@ -84,7 +84,7 @@ class Triton:
         if sparse or dtype == torch.float64:
             return self._gram.form(dtype, tied, sparse)
         gram = "gram (tied: one product)" if tied else "gram"
-        if dtype != torch.float32:
+        if dtype != torch.float32 or tf32_allowed():
             return gram
         return f"{gram}, direct for row tiles with a residual ratio below 0.004"
 

@@ -83,6 +83,6 @@ _TABLE = {
         Launch(32, 32, 8, 2), Launch(16, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 1)
     ),
     (False, 128): Config(
-        Launch(32, 32, 8, 2), Launch(16, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 1)
+        Launch(32, 16, 8, 2), Launch(16, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 1)
     ),
 }

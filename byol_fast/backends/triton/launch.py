@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from triton import OutOfResources
 
+from ..base import tf32_allowed
 from ..layout import collapse
 from .config import Launch, config, padded_rank
 from .kernels import collect, encode, layer, squared_error
@@ -33,12 +34,17 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
 def _precision(x: Tensor) -> dict[str, Any]:
     """How float32 is multiplied: in tf32 only where PyTorch's own settings allow it, and never where digits cancel.
 
-    float32 input takes plain float32 arithmetic. Where the input is in half precision and the code is not, three
-    bfloat16 parts of each number, and six products, keep the matrix unit busy.
+    float32 input then takes plain float32 arithmetic. Where the input is coarser, in half precision or tf32, and the
+    code is not, three bfloat16 parts of each number, and six products, keep the matrix unit busy.
     """
-    half = x.dtype != torch.float32
-    tf32 = not half and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return {"TF32": tf32, "PRECISION": "tf32" if tf32 else "ieee", "EXACT": "bf16x6" if half else "ieee"}
+    coarse = _is_coarse(x)
+    tf32 = coarse and x.dtype == torch.float32
+    return {"TF32": tf32, "PRECISION": "tf32" if tf32 else "ieee", "EXACT": "bf16x6" if coarse else "ieee"}
+
+
+def _is_coarse(x: Tensor) -> bool:
+    """Whether wide products round their operands: then the Gram form is better than eager at every residual ratio."""
+    return x.dtype != torch.float32 or tf32_allowed()
 
 
 def _product(x: Tensor) -> dict[str, Any]:
@@ -90,10 +96,9 @@ def step(
     rows, rank = x.shape[0], encoder.shape[0]
     launches, precision = _config(x, rank), _precision(x)
     flags: dict[str, Any] = {"HAS_DECODER_BIAS": decoder_bias is not None, "TF32": precision["TF32"]}
-    direct_below = DIRECT_BELOW if x.dtype == torch.float32 else 0.0
-    half = x.dtype != torch.float32
-    parts = encode.GRAM_PARTS.value
-    gram = x.new_empty(parts, rank, rank, dtype=torch.bfloat16) if half else _floats(x, rank, rank)
+    coarse, parts = _is_coarse(x), encode.GRAM_PARTS.value
+    direct_below = 0.0 if coarse else DIRECT_BELOW
+    gram = x.new_empty(parts, rank, rank, dtype=torch.bfloat16) if coarse else _floats(x, rank, rank)
     offset = _floats(x, rank)
     _run(
         encode.prepare, (_ceil(rank, _GRAM_TILE),) * 2, Launch(0, 0, 4, 2),
@@ -101,12 +106,10 @@ def step(
         TILE=_GRAM_TILE, BLOCK=64,
     )  # fmt: skip
 
-    # float32 codes are stored as they are, unless products round them.
-    same = x.dtype == torch.float32 and not precision["TF32"]
-    code, slope = (x.new_empty(rows, rank) if gradients or (save_codes and same) else x for _ in range(2))
-    wide_code, wide_slope = (code, slope) if same else (_floats(x, rows, rank), _floats(x, rows, rank))
-    if not save_codes:
-        wide_code, wide_slope = x, x
+    # Codes are stored as products take them; where that rounds them, whoever asked for them gets others.
+    store, store_wide = gradients or (save_codes and not coarse), save_codes and coarse
+    code, slope = (x.new_empty(rows, rank) if store else x for _ in range(2))
+    wide_code, wide_slope = (_floats(x, rows, rank) if store_wide else x for _ in range(2))
     tiles = _ceil(rows, launches.encode.rows)
     slope_sums = _floats(x, tiles, rank)
     losses = x.new_empty(tiles, dtype=torch.float64)
@@ -117,11 +120,11 @@ def step(
         code, slope, wide_code, wide_slope, slope_sums, losses, direct_tiles,
         *x.shape, goal.shape[1], rank, *x.stride(), *goal.stride(), *encoder.stride(), *weight.stride(),
         **flags, ACTIVATION=activation, JOINT=target is None, TIED=tied, HAS_ENCODER_BIAS=encoder_bias is not None,
-        STORE=gradients or (save_codes and same), STORE_WIDE=save_codes and not same, DIRECT_BELOW=direct_below,
-        PRECISION=precision["PRECISION"], **_blocks(launches.encode, rank),
+        STORE=store, STORE_WIDE=store_wide, DIRECT_BELOW=direct_below, PRECISION=precision["PRECISION"],
+        **_blocks(launches.encode, rank),
     )  # fmt: skip
     total = _floats(x)
-    codes = [wide_code, wide_slope] if save_codes else [None, None]
+    codes = ([wide_code, wide_slope] if coarse else [code, slope]) if save_codes else [None, None]
     if not gradients:
         _run(collect.add_up, (1,), Launch(0, 0, 4, 1), losses, total, tiles, BLOCK=_TILES)
         return [total, None, None, None, None, *codes]

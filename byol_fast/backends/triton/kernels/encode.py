@@ -108,10 +108,9 @@ def encode(
     u += vector(encoder_bias, k, rank, HAS_ENCODER_BIAS)[None, :]
     # Rows past the end are zero, and would else count as rows that hold the biases.
     z = tl.where((n < rows)[:, None], activate(u, ACTIVATION), 0.0)
-    # Q ends as where E begins: kept beside it, it would take registers that wide codes have not got.
-    loss = tl.sum(squares) - tl.sum(tl.sum(z * q, axis=1).to(tl.float64))
+    # In this order: the sum over Z ⊙ Q taken by itself, before the product, makes the compiler spill.
     e = times_gram(z, gram, k, rank, -q)
-    loss += tl.sum(tl.sum(z * e, axis=1).to(tl.float64))
+    loss = tl.sum(squares) + tl.sum(tl.sum(z * (e - q), axis=1).to(tl.float64))
     if DIRECT_BELOW > 0:
         direct = loss < DIRECT_BELOW * tl.sum(energy)
         if direct:
