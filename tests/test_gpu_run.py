@@ -109,10 +109,28 @@ def test_a_check_that_raises_is_reported_and_the_next_one_runs(
 
     found = [("first", {CLASS}, wrong), ("second", {CLASS}, lambda: None)]
     monkeypatch.setattr(checks, "checks", lambda backend: iter(found))
-    run._checks(["reference"], until=float("inf"))
+    run._checks(["reference", "0/1"], until=float("inf"))
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert first["why"] == "AssertionError: off by 0.1"
     assert "why" not in second
+
+
+def test_checks_side_by_side_are_all_of_them_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["one", "two", "three", "four", "five"]
+    monkeypatch.setattr(checks, "checks", lambda backend: ((name, {CLASS}, lambda: None) for name in names))
+    monkeypatch.setattr(run, "_SIDE_BY_SIDE", 3)
+    for stage in run._shares("checks reference"):
+        run._checks(stage.split()[1:], until=float("inf"))
+    found = [json.loads(line)["what"] for line in capsys.readouterr().out.splitlines()]
+    assert sorted(found) == sorted(names)
+
+
+def test_stages_side_by_side_report_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_lines", lambda stage, seconds: [{"what": f"{stage}, {seconds} s"}])
+    found = list(run._side_by_side(["checks triton 0/2", "checks triton 1/2"], 5))
+    assert found == [{"what": "checks triton 0/2, 5 s"}, {"what": "checks triton 1/2, 5 s"}]
 
 
 def test_a_tool_that_finds_an_error_spoils_every_class(

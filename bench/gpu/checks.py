@@ -50,6 +50,12 @@ def checks(backend: str) -> Iterator[tuple[str, set[str], Check]]:
                 _classes("bottleneck", dtype),
                 partial(_layer, SHAPES[0], dtype, activation=activation),
             )
+        if dtype == torch.float32 and not REHEARSAL:
+            # Eager rounds to tf32 on a GPU only.
+            for ratio in (1.0, 1e-3, 1e-6):
+                check = partial(_step, SHAPES[0], dtype, ratio=ratio)
+                yield f"step, tf32, missing {ratio:g}", every, partial(_in_tf32, check)
+            yield "layer, tf32", _classes("bottleneck", dtype), partial(_in_tf32, partial(_layer, SHAPES[0], dtype))
         yield f"offsets beyond 2^31, {name}", every, partial(_long, dtype)
         yield f"bit-equal over runs, {name}", every, partial(_bit_equal, dtype)
         if not REHEARSAL and backend != "gram":
@@ -84,6 +90,15 @@ def _step(shape: tuple[int, int, int], dtype: torch.dtype, activation: str = "id
 def _layer(shape: tuple[int, int, int], dtype: torch.dtype, activation: str = "identity", **options: object) -> None:
     operands = _operands(shape, dtype=dtype, **options)
     assert_all(bf.bottleneck, reference.bottleneck, operands, activation=activation, residual=True)
+
+
+def _in_tf32(check: Check) -> None:
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        check()
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def _squared_error(dtype: torch.dtype) -> None:

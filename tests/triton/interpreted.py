@@ -18,6 +18,8 @@ import byol_fast as bf
 from byol_fast import reference
 from byol_fast.backends.triton import config, launch, tune
 
+# The tensors in the order of a backend's arguments.
+ORDER = ("input", "target", "encoder_weight", "decoder_weight", "encoder_bias", "decoder_bias")
 # Ranks of every width of a tile, ragged; columns beyond one float32 sum of pass 1.
 SHAPES = [(5, 70, 1), (67, 530, 16), (130, 40, 33)]
 
@@ -163,6 +165,28 @@ def test_launches_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names == ["prepare", "encode", "collect", "finish"]
     loss.backward()
     assert names[4:] == ["data_gradients"]
+
+
+def test_memory_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What grows with the rows is Z and dU in the dtype of X, and a partial sum a tile."""
+    allocate = torch.Tensor.new_empty
+
+    def bytes_for(rows: int) -> int:
+        sizes: list[int] = []
+
+        def counted(*args: object, **options: object) -> torch.Tensor:
+            tensor = allocate(*args, **options)  # type: ignore[arg-type]
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        operands = make_operands(rows, 20, 8, dtype=torch.bfloat16)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "new_empty", counted)
+            launch.step(*(getattr(operands, name) for name in ORDER), "identity", True, False)
+        return sum(sizes)
+
+    tile = config.config(8, half=True).encode.rows
+    assert bytes_for(8 * tile) - bytes_for(4 * tile) == 4 * (tile * 2 * 8 * 2 + 8 * 4 + 8)
 
 
 @pytest.fixture
