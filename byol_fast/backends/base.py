@@ -21,7 +21,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def tf32_allowed() -> bool:
     """Whether PyTorch's settings let products of float32 on a GPU round their operands to tf32."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 class Weights(NamedTuple):
