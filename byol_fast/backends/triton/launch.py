@@ -34,8 +34,8 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
 def _precision(x: Tensor) -> dict[str, Any]:
     """How float32 is multiplied: in tf32 only where PyTorch's own settings allow it, and never where digits cancel.
 
-    float32 input then takes plain float32 arithmetic. Where the input is coarser, in half precision or tf32, and the
-    code is not, three bfloat16 parts of each number, and six products, keep the matrix unit busy.
+    There, float32 takes plain float32 arithmetic. Half precision and tf32 keep a code of float32; three bfloat16 parts
+    of each of its numbers, and six products, keep the matrix unit busy.
     """
     coarse = _is_coarse(x)
     tf32 = coarse and x.dtype == torch.float32
