@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +47,8 @@ INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "DMMA", "v_mfma")
 WIDE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", AMD: "v_mfma"}
 # Kernels that read the data and multiply it; the others only multiply what is as small as the weights, or nothing.
 WIDE_KERNELS = ("encode", "collect", "forward", "backward", "data_gradients")
+# Kernels that are another one with other parts left out.
+VARIATIONS = ("step_tied.encode", "step_target.encode", "loss.encode")
 
 
 @dataclass(frozen=True)
@@ -158,15 +159,14 @@ def launches(dtype: str, rank: int) -> dict[str, Launched]:
     encoder_bias, decoder_bias, code, scale = tensor(rank), tensor(1024), torch.empty(4096, rank), torch.empty(())
     weights = (encoder, decoder, encoder_bias, decoder_bias)
     tied = (encoder, None, encoder_bias, decoder_bias)
-    # Of each, the kernels that no other has: those of a tied step differ in strides only, but for two.
+    # Of each, the kernels that are not another one's with other strides.
     operations: dict[str, tuple[tuple[str, ...], Callable[[], object]]] = {
         "step": (
             ("prepare", "encode", "collect", "finish"),
             lambda: launch.step(x, None, *weights, "gelu", True, False),
         ),
-        "step_tied": (("encode", "finish"), lambda: launch.step(x, None, *tied, "gelu", True, False)),
-        "step_target": (("encode", "collect"), lambda: launch.step(x, x, *weights, "gelu", True, False)),
-        "step_codes": (("encode",), lambda: launch.step(x, None, *weights, "gelu", True, True)),
+        "step_tied": (("encode",), lambda: launch.step(x, None, *tied, "gelu", True, False)),
+        "step_target": (("encode",), lambda: launch.step(x, x, *weights, "gelu", True, False)),
         "loss": (("encode", "add_up"), lambda: launch.step(x, None, *weights, "gelu", False, False)),
         "layer": (("forward",), lambda: launch.forward(x, *weights, "gelu", True, True)),
         "layer_backward": (
@@ -176,10 +176,6 @@ def launches(dtype: str, rank: int) -> dict[str, Launched]:
         "data": (
             ("data_gradients",),
             lambda: launch.data_gradients(x, None, encoder, decoder, decoder_bias, code, code, scale, (True, False)),
-        ),
-        "data_target": (
-            ("data_gradients",),
-            lambda: launch.data_gradients(x, x, encoder, decoder, decoder_bias, code, code, scale, (True, True)),
         ),
         "squared_error": (("forward", "add_up"), lambda: launch.squared_error_sum(x, x)),
         "squared_error_backward": (
@@ -201,24 +197,23 @@ def launches(dtype: str, rank: int) -> dict[str, Launched]:
 def builds(architectures: tuple[str, ...]) -> Iterator[Build]:
     """Every kernel × dtype × rank × architecture; what does not depend on the dtype or the rank, once."""
     for architecture in architectures:
-        yield from (Build(architecture, *one) for one in _kernels() if _exists(architecture, *one))
+        yield from (Build(architecture, *one) for one in _kernels() if _exists(architecture, one[0], one[2]))
 
 
-def _exists(architecture: str, dtype: str, rank: int, kernel: str) -> bool:
-    """tf32 is NVIDIA's."""
-    return architecture != AMD or dtype != "tf32"
+def _exists(architecture: str, dtype: str, kernel: str) -> bool:
+    """Whether the matrix has it: of variations one architecture tells enough, of tf32 the largest kernel."""
+    if kernel in VARIATIONS:
+        return architecture == "sm_90" and dtype != "tf32"
+    return dtype != "tf32" or (architecture != AMD and kernel == "step.encode")
 
 
 def covering() -> Iterator[Build]:
-    """Two or three builds of every kernel, such that together they meet every dtype, rank and architecture."""
-    builds_of: dict[str, list[tuple[str, int, str]]] = {}
-    for one in _kernels():
-        builds_of.setdefault(one[2], []).append(one)
-    architectures = cycle(ARCHITECTURES)
-    for place, found in enumerate(builds_of.values()):
-        # Seven on is another dtype and another rank.
-        for one in found[place % min(7, len(found)) :: 7]:
-            yield Build(next(name for name in architectures if _exists(name, *one)), *one)
+    """One build in nine, so chosen that every kernel is met, and every dtype, rank and architecture."""
+    of_kernel: dict[str, list[Build]] = {}
+    for one in builds(ARCHITECTURES):
+        of_kernel.setdefault(one.kernel, []).append(one)
+    for place, found in enumerate(of_kernel.values()):
+        yield from found[place % min(9, len(found)) :: 9]
 
 
 @cache
