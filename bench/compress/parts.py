@@ -25,8 +25,8 @@ SHARES = (0.5, 0.6, 0.8)
 Result: TypeAlias = dict[str, Any]
 # Texts that recovery learns from, in batches of 16, and how: others, without labels, or those of the calibration alone.
 RECOVERIES = {
-    "others": bf.Recovery(epochs=2, hints=1.0, lr=5e-4, train="all"),
-    "calibration": bf.Recovery(epochs=8, hints=1.0, lr=5e-4, train="all"),
+    "others": bf.Recovery(epochs=3, hints=1.0, lr=3e-4, train="all"),
+    "calibration": bf.Recovery(epochs=8, hints=1.0, lr=3e-4, train="all"),
 }
 OTHERS = 4800
 # Batch and tokens at which the gate judges.
