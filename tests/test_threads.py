@@ -1,4 +1,4 @@
-"""Threads and processes: callers in parallel, changes of the thread count, forks, workers of a DataLoader."""
+"""Threads, processes, pages: callers in parallel, changes of the thread count, forks, workers of a DataLoader."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from threading import Barrier
 
 import pytest
@@ -14,6 +15,7 @@ from contract import make_operands, results
 from torch.utils.data import DataLoader, Dataset
 
 import byol_fast as bf
+from byol_fast.backends import native
 
 needs_native = pytest.mark.skipif(
     not bf.backends()["native"].available, reason="there is no native core in this installation"
@@ -136,3 +138,15 @@ def test_fork_keeps_the_thread_count_and_the_bits(pool: str) -> None:
     environment = {**os.environ, "BYOL_FAST_BACKEND": "native", "BYOL_FAST_THREADS": pool}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["0", "True"], done.stderr
+
+
+@needs_native
+def test_results_in_large_pages_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    operands = make_operands(601, 61, 13, target=True)
+    with bf.use_backend("native"):
+        for function in (bf.bottleneck, bf.bottleneck_mse_loss):
+            given = operands if function is bf.bottleneck_mse_loss else replace(operands, target=None)
+            expected = results(function, given)
+            monkeypatch.setattr(native, "_MAPPED_ANEW", 1)
+            assert_same_bits(results(function, given), expected)
+            monkeypatch.undo()
