@@ -7,7 +7,7 @@ each unit of the rank, and many features for each unit of the rank. Where only t
 saved, and a layer saves no pass over N×D.
 
 Half precision depends on whether PyTorch has products for it: for bfloat16 it has with AVX-512; where it has none, it
-takes three to twelve times as long as the kernels.
+takes up to twelve times as long as the kernels (bench/results/crossovers-avx2.json).
 """
 
 from __future__ import annotations
