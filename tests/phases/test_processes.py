@@ -104,7 +104,8 @@ def test_torchrun_starts_processes_that_find_each_other(tmp_path):
         "with processes.launched():\n"
         "    layer = bf.Bottleneck(8, 2)\n"
         "    bf.pretrain(layer, torch.arange(240.0).sin().reshape(30, 8), checkpoint=sys.argv[1])\n"
-        "    print('processes', processes.size())\n"
+        # In one piece: the processes write to one pipe.
+        "    sys.stdout.write(f'processes {processes.size()}\\n')\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run([*command, str(script), str(tmp_path / "run.pt")], capture_output=True, text=True, timeout=300)
