@@ -16,6 +16,7 @@ from . import autograd, reference
 from .backends import FEW_ELEMENTS, Call, Weights, choose, current, form
 from .validation import (
     REDUCTIONS,
+    Operands,
     are_alike,
     autocast_dtype,
     check_bottleneck,
@@ -108,10 +109,11 @@ def bottleneck(
         TypeError: an argument is no tensor, is sparse, or has another dtype than ``input``.
         ValueError: a shape, device or name does not fit; the message names the argument.
     """
-    small = _small_bottleneck(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation, residual)
+    tensors = Operands(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, None)
+    small = _small_bottleneck(tensors, activation, residual)
     if small is not None:
         return small
-    tensors = check_bottleneck(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation)
+    check_bottleneck(tensors, activation)
     if residual and tensors.out_features != tensors.in_features:
         raise ValueError(
             f"residual: expected out_features = in_features = {tensors.in_features} to add the input to the output, "
@@ -161,14 +163,13 @@ def bottleneck_mse_loss(
         ValueError: a shape, device or name does not fit; the message names the argument.
     """
     check_choice("reduction", reduction, REDUCTIONS)
-    small = _small_bottleneck(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation)
+    tensors = Operands(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, target)
+    small = _small_bottleneck(tensors, activation, sparse=True)
     if small is not None:
         wanted = input if target is None else target
         if are_alike(input, wanted) and wanted.shape == small.shape:
             return reference.mse_loss(small, wanted, reduction)
-    tensors = check_bottleneck(
-        input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation, target, sparse=True
-    )
+    check_bottleneck(tensors, activation, sparse=True)
     check_target(tensors, reduction)
     if reduction == "none":
         output = bottleneck(*tensors.operands(), activation=activation)
@@ -190,32 +191,25 @@ def bottleneck_mse_loss(
 
 
 def _small_bottleneck(
-    input: Tensor,
-    encoder_weight: Tensor,
-    decoder_weight: Tensor | None,
-    encoder_bias: Tensor | None,
-    decoder_bias: Tensor | None,
-    activation: str,
-    residual: bool = False,
+    tensors: Operands, activation: str, residual: bool = False, sparse: bool = False
 ) -> Tensor | None:
     """The output of a layer that ``auto`` leaves to PyTorch for its size, without the cost of checks and choice.
 
-    None if the call is not one of these, or is in error.
+    None if the call is not one of these.
     """
-    try:
-        if current() != "auto" or not pytorch_suffices(
-            input, encoder_weight, decoder_weight, encoder_bias, decoder_bias
-        ):
-            return None
-        output = reference.bottleneck(
-            input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation=activation
-        )
-        if residual:
-            return input + output if output.shape == input.shape else None
-        return output
-    except Exception:
-        # Whatever is wrong, the checks that follow find it and name it.
+    if current() != "auto":
         return None
+    try:
+        if not pytorch_suffices(tensors):
+            return None
+        output = reference.bottleneck(*tensors.operands(), activation=activation)
+    except Exception:
+        # The checks name the mistake; an error of which they know nothing shows as it is.
+        check_bottleneck(tensors, activation, sparse)
+        raise
+    if not residual:
+        return output
+    return tensors.input + output if output.shape == tensors.input.shape else None
 
 
 @dataclass(frozen=True)
@@ -241,9 +235,8 @@ def explain(
     activation: str = "identity",
 ) -> Explanation:
     """How :func:`bottleneck_mse_loss` would run on these arguments; it raises the same errors."""
-    tensors = check_bottleneck(
-        input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, activation, target, sparse=True
-    )
+    tensors = Operands(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, target)
+    check_bottleneck(tensors, activation, sparse=True)
     check_target(tensors, "mean")
     call = tensors.as_call("bottleneck_mse_loss")
     if _is_empty(call):

@@ -18,7 +18,7 @@ _SPARSE = (torch.sparse_csr, torch.sparse_coo)
 
 
 class Operands(NamedTuple):
-    """The checked tensors of a call."""
+    """The tensors of a call."""
 
     input: Tensor
     encoder_weight: Tensor
@@ -82,17 +82,8 @@ def is_sparse(tensor: Tensor) -> bool:
     return tensor.layout in _SPARSE
 
 
-def check_bottleneck(
-    input: Tensor,
-    encoder_weight: Tensor,
-    decoder_weight: Tensor | None,
-    encoder_bias: Tensor | None,
-    decoder_bias: Tensor | None,
-    activation: str,
-    target: Tensor | None = None,
-    sparse: bool = False,
-) -> Operands:
-    tensors = Operands(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, target)
+def check_bottleneck(tensors: Operands, activation: str, sparse: bool = False) -> None:
+    input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, _ = tensors
     alike = are_alike(*tensors)
     if not alike:
         check_tensors(tensors._asdict(), sparse_input=sparse)
@@ -115,7 +106,6 @@ def check_bottleneck(
         raise _wrong_shape("encoder_bias", encoder_bias, ("rank",), (rank,))
     if decoder_bias is not None and decoder_bias.shape != (out_features,):
         raise _wrong_shape("decoder_bias", decoder_bias, ("out_features",), (out_features,))
-    return tensors
 
 
 def check_target(tensors: Operands, reduction: str) -> None:
@@ -167,19 +157,14 @@ def are_alike(input: Tensor, other: Tensor, *optional: Tensor | None) -> bool:
     return True
 
 
-def pytorch_suffices(
-    input: Tensor,
-    encoder_weight: Tensor,
-    decoder_weight: Tensor | None,
-    encoder_bias: Tensor | None,
-    decoder_bias: Tensor | None,
-) -> bool:
+def pytorch_suffices(tensors: Operands) -> bool:
     """Whether ``auto`` leaves these CPU tensors to PyTorch for their size, and PyTorch may check the rest.
 
     Every look at a tensor takes as long as a hundredth of a small call, so what ``linear`` refuses by itself is left to
     it, and its errors have to be caught. Looked for is what it would take: integers, sparse and meta tensors, biases
     that broadcast, a product of nothing.
     """
+    input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, _ = tensors
     dtype = input.dtype
     rank, in_features = encoder_weight.shape
     out_features = in_features
