@@ -242,7 +242,7 @@ def explain(
     if _is_empty(call):
         return Explanation("reference", "direct", "an empty tensor leaves nothing to accelerate")
     choice = choose(tensors.present(), call)
-    words = form(choice.backend, call.dtype, decoder_weight is None, is_sparse(input))
+    words = form(choice.backend, call, decoder_weight is None, input.device)
     return Explanation(choice.backend, words, choice.reason)
 
 

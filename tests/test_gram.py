@@ -14,7 +14,7 @@ from contract import ACTIVATIONS, DTYPES, make_operands, results
 from sweeps import check_layer, check_step, step_at_ratio, step_of_shape
 
 import byol_fast as bf
-from byol_fast.backends import gram
+from byol_fast.backends import Call, gram
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +70,25 @@ def test_sparse_input() -> None:
     loss = leaves.call(bf.bottleneck_mse_loss)
     for name, gradient in zip(("encoder", "decoder"), torch.autograd.grad(loss, weights), strict=True):
         torch.testing.assert_close(gradient, dense[f"d_{name}_weight"], rtol=1e-4, atol=1e-6)
+
+
+def test_form_where_float32_has_to_be_direct(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Call("bottleneck_mse_loss", torch.float32, 64, 300, 300, 8)
+    gpu = torch.device("cuda")
+
+    def form(call: Call, device: torch.device, capturing: bool = False) -> str:
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+        return gram.Gram().form(call, False, device)
+
+    assert form(call, gpu).startswith("gram, direct for a residual ratio")
+    assert form(call, gpu, capturing=True).startswith("direct, for")
+    assert form(call._replace(dtype=torch.bfloat16), gpu, capturing=True) == "gram"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert form(call, gpu).startswith("direct, for")
+        assert form(call, torch.device("cpu")).startswith("gram, direct")
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_form_and_refusal() -> None:

@@ -65,8 +65,8 @@ class _Reference:
     def declines(self, call: Call) -> str | None:
         return None
 
-    def form(self, dtype: torch.dtype, tied: bool, sparse: bool) -> str:
-        return "direct, the input made dense" if sparse else "direct"
+    def form(self, call: Call, tied: bool, device: torch.device) -> str:
+        return "direct, the input made dense" if call.sparse else "direct"
 
 
 _REGISTRY: dict[str, Backend] = {
@@ -220,9 +220,9 @@ def _is_wrapper(tensor: Tensor) -> bool:
     return type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor)
 
 
-def form(name: str, dtype: torch.dtype, tied: bool, sparse: bool) -> str:
+def form(name: str, call: Call, tied: bool, device: torch.device) -> str:
     """How the backend computes the training step, in words."""
-    return _REGISTRY[name].form(dtype, tied, sparse)
+    return _REGISTRY[name].form(call, tied, device)
 
 
 def kernels(name: str) -> Kernels:

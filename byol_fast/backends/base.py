@@ -84,8 +84,12 @@ class Backend(Protocol):
     def declines(self, call: Call) -> str | None:
         """None, or why ``auto`` passes this backend by: it measured slower than plain PyTorch on such a call."""
 
-    def form(self, dtype: torch.dtype, tied: bool, sparse: bool) -> str:
-        """How :meth:`step` (or :meth:`sparse_step`) computes: the words :func:`byol_fast.explain` shows."""
+    def form(self, call: Call, tied: bool, device: torch.device) -> str:
+        """How :meth:`step` (or :meth:`sparse_step`) computes: the words :func:`byol_fast.explain` shows.
+
+        Raises:
+            ValueError: it would raise this, too.
+        """
 
 
 class Kernels(Backend, Protocol):
@@ -187,9 +191,14 @@ def dense_blocks(
 _FEW_ROWS = 32
 
 
+def step_dtype(dtype: torch.dtype, rows: int) -> torch.dtype:
+    """The dtype of which a step takes its tensors: float32 for a few rows of bfloat16."""
+    return torch.float32 if dtype == torch.bfloat16 and rows < _FEW_ROWS else dtype
+
+
 def few_rows_as_float(input: Tensor, target: Tensor | None, weights: Weights) -> tuple[Tensor, Tensor | None, Weights]:
-    """The tensors of a step, as float32 if they are a few rows of bfloat16."""
-    if input.dtype != torch.bfloat16 or input.shape[0] >= _FEW_ROWS:
+    """The tensors of a step, in :func:`step_dtype`."""
+    if step_dtype(input.dtype, input.shape[0]) == input.dtype:
         return input, target, weights
     others = Weights(weights.encoder.float(), *(_float(tensor) for tensor in weights[1:]))
     return input.float(), _float(target), others

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Call, Weights, accumulation_dtype, few_rows_as_float
+from .base import Call, Weights, accumulation_dtype, few_rows_as_float, step_dtype
 from .layout import collapse
 from .native import (
     _ABSENT,
@@ -56,6 +56,11 @@ def _build_failure() -> str | None:
 _cuda, _reason = _load()
 
 
+def _check_rank(rank: int) -> None:
+    if rank > _MAX_RANK:
+        raise ValueError(f"backend 'cuda': expected a rank ≤ {_MAX_RANK}, got {rank}")
+
+
 class Cuda:
     """CUDA tensors of float32, bfloat16 and float16, rank up to 128; see :class:`byol_fast.backends.base.Kernels`."""
 
@@ -88,11 +93,12 @@ class Cuda:
             return f"it has no kernels for a rank above {_MAX_RANK}"
         return "made dense, the input is as large as PyTorch's" if call.sparse else None
 
-    def form(self, dtype: torch.dtype, tied: bool, sparse: bool) -> str:
-        gram = "gram (tied: one product in either pass)" if tied else "gram"
-        if dtype == torch.float32:
-            return f"{gram}, direct for row tiles with a residual ratio below 0.004"
-        return gram
+    def form(self, call: Call, tied: bool, device: torch.device) -> str:
+        _check_rank(call.rank)
+        words = "gram (tied: one product in either pass)" if tied else "gram"
+        if step_dtype(call.dtype, call.rows) == torch.float32:
+            words += ", direct for row tiles with a residual ratio below 0.004"
+        return f"{words}, the input made dense" if call.sparse else words
 
     def squared_error(self, input: Tensor, target: Tensor) -> Tensor:
         rows, cols, (x, t) = collapse(input, target)
@@ -263,10 +269,16 @@ class Cuda:
         )
         return [d_input, d_target]
 
+    def push_in_clusters(self, cluster: int, rounds: int, device: torch.device) -> int:
+        """Queues the probe of csrc/cuda/push_rate.h; the bytes that blocks of sm_90's clusters push to each other."""
+        if device.type == "cpu":
+            return int(self._module.push_in_clusters(cluster, rounds, 0))
+        with torch.cuda.device(device):
+            return int(self._module.push_in_clusters(cluster, rounds, torch.cuda.current_stream().cuda_stream))
+
     def _checked_sizes(self, input: Tensor, weights: Weights) -> tuple[int, int, int, int]:
         sizes = _sizes(input, weights)
-        if sizes[3] > _MAX_RANK:
-            raise ValueError(f"backend 'cuda': expected a rank ≤ {_MAX_RANK}, got {sizes[3]}")
+        _check_rank(sizes[3])
         return sizes
 
     def _run(self, launcher: Callable[..., int], like: Tensor, *args: Any) -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import ACTIVATIONS
-from .base import Call, Weights, accumulation_dtype, dense_blocks, few_rows_as_float, tf32_allowed
+from .base import Call, Weights, accumulation_dtype, dense_blocks, few_rows_as_float, step_dtype, tf32_allowed
 
 _DIRECT_BELOW = {torch.float32: 4e-3, torch.float64: 1e-3}
 _HALF = (torch.bfloat16, torch.float16)
@@ -56,11 +56,14 @@ class Gram:
             return "it only has something to offer for the loss of a dense input"
         return None
 
-    def form(self, dtype: torch.dtype, tied: bool, sparse: bool) -> str:
+    def form(self, call: Call, tied: bool, device: torch.device) -> str:
         gram = "gram (tied: one product)" if tied else "gram"
+        dtype = step_dtype(call.dtype, call.rows)
         threshold = _DIRECT_BELOW.get(dtype)
         words = gram if threshold is None else f"{gram}, direct for a residual ratio below {threshold:g}"
-        return f"{words}, on blocks of dense rows" if sparse else words
+        if _must_be_direct(dtype, device):
+            words = "direct, for products may be rounded (tf32) or no number be read (a CUDA graph is captured)"
+        return f"{words}, on blocks of dense rows" if call.sparse else words
 
     def squared_error(self, input: Tensor, target: Tensor) -> Tensor:
         dtype = accumulation_dtype(input.dtype)
@@ -182,7 +185,7 @@ class _Step:
 
     def run(self, gradients: bool) -> tuple[Tensor, list[Tensor | None]]:
         """Σ R² and the four gradients of ½ Σ R²; leaves Z and dU behind."""
-        if self._must_be_direct():
+        if _must_be_direct(self.input.dtype, self.input.device):
             self._encode(_product(self.input, self.encoder.t()))
             return self._direct(gradients)
         total, energy, error = self._gram_loss()
@@ -194,11 +197,6 @@ class _Step:
         results: list[Tensor | None] = self._gram_gradients() if gradients else [None] * 4
         # Rounding may leave a sum of squares just below zero; the gradients do not pass through it.
         return total.to(self.dtype).clamp(min=0), results
-
-    def _must_be_direct(self) -> bool:
-        if self.input.dtype not in _DIRECT_BELOW or self.input.device.type != "cuda":
-            return False
-        return _tf32_allowed(self.input) or torch.cuda.is_current_stream_capturing()
 
     def _encode(self, product: Tensor) -> None:
         self.preactivation = _plus(product, self.encoder_bias)
@@ -277,6 +275,13 @@ def _exact(left: Tensor, right: Tensor) -> Tensor:
     dtype = accumulation_dtype(left.dtype)
     wide = torch.float64 if _tf32_allowed(left) else dtype
     return (left.to(wide) @ right.to(wide)).to(dtype)
+
+
+def _must_be_direct(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products may be rounded, or no number be read back."""
+    if dtype not in _DIRECT_BELOW or device.type != "cuda":
+        return False
+    return tf32_allowed() or torch.cuda.is_current_stream_capturing()
 
 
 def _tf32_allowed(tensor: Tensor) -> bool:

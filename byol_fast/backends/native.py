@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Call, Weights, accumulation_dtype, dense_blocks, few_rows_as_float
+from .base import Call, Weights, accumulation_dtype, dense_blocks, few_rows_as_float, step_dtype
 from .crossovers import Crossovers
 from .layout import collapse
 
@@ -76,17 +76,17 @@ class Native:
     def declines(self, call: Call) -> str | None:
         return crossovers.reason_for_pytorch(call)
 
-    def form(self, dtype: torch.dtype, tied: bool, sparse: bool) -> str:
-        if sparse:
+    def form(self, call: Call, tied: bool, device: torch.device) -> str:
+        if call.sparse:
             gram = "sparse gram (tied: one product)" if tied else "sparse gram"
-            threshold = _DIRECT_BELOW.get(dtype)
+            threshold = _DIRECT_BELOW.get(call.dtype)
             return (
                 gram
                 if threshold is None
                 else f"{gram}, direct on blocks of rows for a residual ratio below {threshold:g}"
             )
         gram = "gram (tied: one product)" if tied else "gram"
-        threshold = _DIRECT_BELOW.get(dtype)
+        threshold = _DIRECT_BELOW.get(step_dtype(call.dtype, call.rows))
         return gram if threshold is None else f"{gram}, direct for row tiles with a residual ratio below {threshold:g}"
 
     def squared_error(self, input: Tensor, target: Tensor) -> Tensor:

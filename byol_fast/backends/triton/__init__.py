@@ -13,13 +13,14 @@ import os
 import re
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .. import verified
-from ..base import Call, Weights, few_rows_as_float, tf32_allowed
+from ..base import Call, Weights, few_rows_as_float, step_dtype, tf32_allowed
 from ..gram import Gram
 from . import tune
 from .config import MAX_RANK
@@ -30,14 +31,25 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def _missing() -> str | None:
     """None, or what is wrong with the installation of Triton. It is not imported: that takes a second."""
-    if importlib.util.find_spec("triton") is None:
+    spec = importlib.util.find_spec("triton")
+    # A folder that happens to have this name is a package without a file.
+    if spec is None or spec.origin is None:
         return "Triton is not installed (pip install triton)"
-    version = metadata.version("triton")
+    version = _version(Path(spec.origin))
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if numbers < _OLDEST:
         oldest = ".".join(map(str, _OLDEST))
         return f"Triton {version} is too old: {oldest} or later is needed (pip install --upgrade triton)"
     return None
+
+
+def _version(module: Path) -> str:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        # PyTorch for AMD and its nightly builds bring Triton under other names.
+        found = re.search(r"^__version__ = ['\"](.+)['\"]", module.read_text(encoding="utf-8"), re.MULTILINE)
+        return found[1] if found else "of unknown version"
 
 
 # Asked with the package, not at first use: `torch.compile` cannot trace a search for modules.
@@ -80,11 +92,12 @@ class Triton:
             return f"its kernels are for dense float32, bfloat16 and float16, and ranks up to {MAX_RANK}"
         return None
 
-    def form(self, dtype: torch.dtype, tied: bool, sparse: bool) -> str:
-        if sparse or dtype == torch.float64:
-            return self._gram.form(dtype, tied, sparse)
+    def form(self, call: Call, tied: bool, device: torch.device) -> str:
+        reason = self.declines(call)
+        if reason is not None:
+            return f"{self._gram.form(call, tied, device)}, by PyTorch's products ({reason})"
         gram = "gram (tied: one product)" if tied else "gram"
-        if dtype != torch.float32 or tf32_allowed():
+        if step_dtype(call.dtype, call.rows) != torch.float32 or tf32_allowed():
             return gram
         return f"{gram}, direct for row tiles with a residual ratio below 0.004"
 

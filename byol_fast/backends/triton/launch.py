@@ -198,10 +198,14 @@ def _gradients(
 
 def _splits(x: Tensor, rows: int, column_tiles: int, tile_rows: int) -> tuple[int, int]:
     """Into how many shares the rows are split, about two programs for each multiprocessor, and rows a share."""
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
-    wanted = min(_MAX_SPLITS, max(1, 2 * processors // column_tiles))
+    wanted = min(_MAX_SPLITS, max(1, 2 * _processors(x) // column_tiles))
     share = _ceil(_ceil(rows, wanted), tile_rows) * tile_rows
     return _ceil(rows, share), share
+
+
+def _processors(x: Tensor) -> int:
+    """Multiprocessors of the device; in the interpreter, so many that sums have several parts."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
 
 
 def forward(
