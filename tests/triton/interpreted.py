@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract import Operands, assert_all, assert_contract, make_operands, relative_error, results
+from contract import ACTIVATIONS, Operands, assert_all, assert_contract, make_operands, relative_error, results
+from sweeps import check_layer, step_with_activation
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import OutOfResources
 
@@ -39,6 +40,43 @@ def test_ragged_shapes(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     check(make_operands(*shape, dtype=dtype), reduction="sum")
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation: str) -> None:
+    step_with_activation(activation, torch.float32, rows=40, in_features=30, rank=5)
+    check_layer(make_operands(40, 30, 5, activation=activation), activation=activation)
+
+
+# What is asked for decides what the kernels store, and which of them run.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "needs",
+    [("encoder_weight",), ("decoder_weight", "decoder_bias"), ("input",), ("target",), ("input", "target")],
+    ids=str,
+)
+def test_some_gradients_without_the_others(needs: tuple[str, ...], dtype: torch.dtype) -> None:
+    operands = make_operands(40, 20, 5, dtype=dtype, target=True)
+    check(operands, needs=needs, reduction="sum")
+    if "target" not in needs:
+        check(replace(operands, target=None), needs=needs, reduction="sum")
+        check_layer(operands, needs=needs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_outputs_without_gradients(dtype: torch.dtype) -> None:
+    operands = make_operands(70, 40, 5, dtype=dtype)
+    for ours, theirs in (
+        (bf.bottleneck_mse_loss, reference.bottleneck_mse_loss),
+        (bf.bottleneck, reference.bottleneck),
+    ):
+        eager, truth = operands.call(theirs), operands.map(torch.Tensor.double).call(theirs)
+        assert_contract(operands.call(ours), eager, truth, ours.__name__)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_target_in_half_precision(dtype: torch.dtype) -> None:
+    check(make_operands(70, 40, 5, 30, dtype=dtype, target=True, ratio=1e-2), reduction="sum")
+
+
 def test_more_columns_than_one_share_of_a_target() -> None:
     check(make_operands(40, 40, 9, 530, target=True))
 
@@ -61,7 +99,17 @@ def test_the_widest_code() -> None:
     check(make_operands(33, 70, 100))
 
 
-def test_a_rank_beyond_the_kernels_takes_the_gram_route() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rank", [config.MAX_RANK, config.MAX_RANK + 1])
+def test_explain_tells_of_the_gram_route(rank: int, dtype: torch.dtype) -> None:
+    form = make_operands(64, 300, rank, dtype=dtype).call(bf.explain).form  # type: ignore[arg-type, attr-defined]
+    in_kernels = rank <= config.MAX_RANK and dtype == torch.float32
+    assert ("direct for row tiles" in form) == in_kernels
+    assert ("by PyTorch's products (its kernels are for dense float32" in form) != in_kernels
+
+
+def test_a_rank_beyond_the_kernels_takes_the_gram_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_run", None)
     check(make_operands(64, 300, config.MAX_RANK + 1))
 
 
