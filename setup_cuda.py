@@ -23,7 +23,7 @@ FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 HOPPER = ["-gencode=arch=compute_90a,code=sm_90a"]
 # Source, macros, architectures.
 OBJECTS = [("kernels.cu", [f"-DBYOL_ELEMENT={element}"], PORTABLE) for element in ("Bf16", "Fp16", "float")]
-OBJECTS.append(("cluster.cu", [], HOPPER))
+OBJECTS += [(source, [], HOPPER) for source in ("cluster.cu", "push_rate.cu")]
 
 
 def find_nvcc():

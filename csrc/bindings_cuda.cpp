@@ -10,6 +10,7 @@
 #include "cuda/cluster_plan.h"
 #include "cuda/dispatch.h"
 #include "cuda/driver.h"
+#include "cuda/push_rate.h"
 
 namespace py = pybind11;
 
@@ -145,6 +146,13 @@ PYBIND11_MODULE(BYOL_MODULE, module) {
   module.def("swizzled", [](int row, int column) { return swizzled(row, column, 64); });
   module.def("slot_byte", &slot_byte);
   module.def("wgmma_descriptor", &wgmma_descriptor);
+  module.def(
+      "push_in_clusters",
+      [](int cluster, int rounds, Address stream) {
+        py::gil_scoped_release unlocked;
+        return push_in_clusters(cluster, rounds, at(stream));
+      },
+      "Queues a probe in which blocks of a cluster push to each other for so many rounds; returns the bytes pushed.");
   module.def("squared_error", &squared_error);
   module.def("squared_error_backward", &squared_error_backward);
   module.def("forward", &forward);

@@ -25,7 +25,7 @@ FLAGS = [
 ]
 KERNELS = ["-x", "c++", "csrc/cuda/kernels.cu"]
 JOBS = {element: [*KERNELS, f"-DBYOL_ELEMENT={element}"] for element in ("Bf16", "Fp16", "float")}
-JOBS["cluster"] = ["-x", "c++", "csrc/cuda/cluster.cu"]
+JOBS |= {name: ["-x", "c++", f"csrc/cuda/{name}.cu"] for name in ("cluster", "push_rate")}
 JOBS["bindings"] = ["csrc/bindings_cuda.cpp"]
 
 

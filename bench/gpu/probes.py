@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 import triton
 import triton.language as tl
+
+import byol_fast as bf
+from byol_fast.backends import kernels
+from byol_fast.backends.cuda import Cuda
 
 from .device import DEVICE, REHEARSAL, microseconds
 
@@ -77,6 +82,21 @@ def tf32_truncation() -> dict[str, float]:
     return {"units_added": (out[0, 0].item() - 1) / 2**-10}
 
 
+def cluster_push_rate() -> dict[str, float | str]:
+    """What blocks of Hopper's clusters push to each other's shared memory, by blocks of a cluster."""
+    status = bf.backends()["cuda"]
+    if not status.available:
+        return {"not measured": f"cuda is {status}"}
+    if not REHEARSAL and torch.cuda.get_device_capability(DEVICE) != (9, 0):
+        return {"not measured": "clusters are used on sm_90 only"}
+    push, rounds = cast(Cuda, kernels("cuda")).push_in_clusters, 1 if REHEARSAL else 64
+    found: dict[str, float | str] = {}
+    for cluster in (2, 4, 8):
+        times = microseconds(lambda cluster=cluster: push(cluster, rounds, DEVICE))  # type: ignore[misc]
+        found[f"bytes_per_s, {cluster} blocks"] = 1e6 * push(cluster, rounds, DEVICE) / times["median_us"]
+    return found
+
+
 def _drift(a: torch.Tensor, b: torch.Tensor, depth: int, precision: str) -> float:
     out = torch.empty(64, 64, device=DEVICE)
     _product[(1,)](a, b, out, depth, precision, 32)
@@ -84,10 +104,11 @@ def _drift(a: torch.Tensor, b: torch.Tensor, depth: int, precision: str) -> floa
     return ((out.double() - truth) / truth).mean().item()
 
 
-PROBES: dict[str, Callable[[], dict[str, float]]] = {
+PROBES: Mapping[str, Callable[[], Mapping[str, float | str]]] = {
     "copy_bandwidth": copy_bandwidth,
     "matrix_peak": matrix_peak,
     "cache_read_rate": cache_read_rate,
     "accumulator_rounding": accumulator_rounding,
     "tf32_truncation": tf32_truncation,
+    "cluster_push_rate": cluster_push_rate,
 }

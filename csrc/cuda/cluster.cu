@@ -3,13 +3,19 @@
 
 namespace byol::cuda {
 
+template <class T, int Kp>
+static void launch_cluster(const ClusterKernelArgs& args, cudaStream_t stream) {
+  const ClusterPlan& plan = args.plan;
+  launch_clusters(cluster_kernel<T, Kp>, plan.cluster, plan.cluster * plan.clusters, kThreads, ClusterTile::kShared, stream,
+                  args);
+}
+
 #if defined(BYOL_EMULATE)
 
 template <class T, int Kp>
 void launch_cluster(const ClusterArgs& args, const Source& input, cudaStream_t stream) {
   const TensorMap map{static_cast<const uint16_t*>(input.data), input.columns, input.rows, input.stride};
-  launch(cluster_kernel<T, Kp>, args.plan.clusters * args.plan.cluster, 1, kThreads, ClusterTile::kShared, stream,
-         ClusterKernelArgs{args, map}, args.plan.cluster);
+  launch_cluster<T, Kp>(ClusterKernelArgs{args, map}, stream);
 }
 
 #else
@@ -40,21 +46,7 @@ static CUtensorMap tensor_map(const Source& input) {
 
 template <class T, int Kp>
 void launch_cluster(const ClusterArgs& args, const Source& input, cudaStream_t stream) {
-  const ClusterKernelArgs kernel_args{args, tensor_map<T>(input)};
-  const void* kernel = reinterpret_cast<const void*>(cluster_kernel<T, Kp>);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ClusterTile::kShared));
-  // Above eight blocks a cluster is not portable, and has to be asked for.
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {unsigned(args.plan.cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(args.plan.clusters * args.plan.cluster));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = ClusterTile::kShared;
-  config.stream = stream;
-  config.attrs = &attribute, config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, cluster_kernel<T, Kp>, kernel_args));
+  launch_cluster<T, Kp>(ClusterKernelArgs{args, tensor_map<T>(input)}, stream);
 }
 
 #endif

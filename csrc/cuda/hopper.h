@@ -110,6 +110,41 @@ BYOL_DEVICE void wgmma(float (&c)[4][4], uint64_t a, uint64_t b) {
 
 #endif  // sm_90a
 
+// Calls use(configuration) with that of a launch in clusters.
+template <class Args, class Use>
+void in_clusters(void (*kernel)(Args), int cluster, int blocks, int threads, int shared_bytes, cudaStream_t stream,
+                 const Use& use) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  // Above eight blocks a cluster is not portable, and has to be asked for.
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {unsigned(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = size_t(shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = 1;
+  use(config);
+}
+
+template <class Args>
+void launch_clusters(void (*kernel)(Args), int cluster, int blocks, int threads, int shared_bytes, cudaStream_t stream,
+                     const Args& args) {
+  in_clusters(kernel, cluster, blocks, threads, shared_bytes, stream,
+              [&](const cudaLaunchConfig_t& config) { check(cudaLaunchKernelEx(&config, kernel, args)); });
+}
+
+template <class Args>
+int clusters_at_a_time(void (*kernel)(Args), int cluster, int threads, int shared_bytes) {
+  int count = 0;
+  in_clusters(kernel, cluster, cluster, threads, shared_bytes, nullptr,
+              [&](const cudaLaunchConfig_t& config) { check(cudaOccupancyMaxActiveClusters(&count, kernel, &config)); });
+  return count;
+}
+
 }  // namespace byol::cuda
 
 #endif

@@ -81,6 +81,16 @@ BYOL_DEVICE void push(void* to, const uint32_t (&value)[4], Barrier* barrier, in
   emulated::complete(remote);
 }
 
+template <class Args>
+void launch_clusters(void (*kernel)(Args), int cluster, int blocks, int threads, int shared_bytes, cudaStream_t stream,
+                     const Args& args) {
+  launch(kernel, blocks, 1, threads, size_t(shared_bytes), stream, args, cluster);
+}
+template <class Args>
+int clusters_at_a_time(void (*)(Args), int, int, int) {
+  return 2;
+}
+
 BYOL_DEVICE void wgmma_begin() {}
 BYOL_DEVICE void wgmma_end() {
   // No lane goes on to overwrite an operand that another still reads.

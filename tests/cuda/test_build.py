@@ -119,6 +119,9 @@ def test_the_cluster_kernel_uses_the_copy_engine_and_warpgroup_products() -> Non
         # Results are pushed, not fetched, across blocks, and nothing spills.
         assert "STAS" in text, name
         assert not re.search(r"\b(LDL|STL)\b", text), name
+    # So does the probe of how fast they can be pushed, from a loop that holds little else.
+    (probe,) = (text for name, text in functions("sm_90a") if "push_kernel" in name)
+    assert "STAS" in probe
 
 
 def test_a_build_is_kept_by_content() -> None:
