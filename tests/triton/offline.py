@@ -8,8 +8,6 @@ missing, stale, or does not fit; ``--covering`` compiles some of every kernel ag
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
 import json
 import os
 import re
@@ -17,29 +15,22 @@ import subprocess
 import sys
 import tempfile
 import time
-import tokenize
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
-import triton.language as tl
+from launches import DTYPES, RANKS, launches
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from byol_fast.backends.triton import launch
 
 BOUNDS = Path(__file__).with_name("resources.json")
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 AMD = "gfx942"
 ARCHITECTURES = (*NVIDIA, AMD)
-# "tf32" is float32 where PyTorch's settings let products be rounded.
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
-RANKS = (16, 32, 64, 128)
 # Bytes a program may have, on the smallest chip that the code for the architecture runs on (99 KB on sm_86 and sm_89).
 SHARED = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, AMD: 65_536}
 # The instructions of matrix units, in machine code, and the one of each architecture for wide products.
@@ -47,8 +38,6 @@ INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "DMMA", "v_mfma")
 WIDE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", AMD: "v_mfma"}
 # Kernels that read the data and multiply it; the others only multiply what is as small as the weights, or nothing.
 WIDE_KERNELS = ("encode", "collect", "forward", "backward", "data_gradients")
-# Kernels that are another one with other parts left out.
-VARIATIONS = ("step_tied.encode", "step_target.encode", "loss.encode")
 
 
 @dataclass(frozen=True)
@@ -87,133 +76,19 @@ class Resources:
     instructions: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Launched:
-    """A kernel and what it was launched with."""
-
-    kernel: Any
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-    configuration: Any
-
-    def specialised(self) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
-        """Signature, constants and attributes, by Triton's rules for what is constant or divisible by 16."""
-        signature: dict[str, str] = {}
-        constants: dict[Any, Any] = {}
-        attributes: dict[Any, Any] = {}
-        for place, name in enumerate(self.kernel.arg_names):
-            value = self.arguments[place] if place < len(self.arguments) else self.options[name]
-            if place >= len(self.arguments) or (isinstance(value, int) and value == 1):
-                signature[name], constants[(place,)] = "constexpr", value
-            elif isinstance(value, torch.Tensor):
-                signature[name], attributes[(place,)] = _POINTERS[value.dtype], [["tt.divisibility", 16]]
-            else:
-                signature[name] = "i32"
-                if value % 16 == 0:
-                    attributes[(place,)] = [["tt.divisibility", 16]]
-        return signature, constants, attributes
-
-    @cached_property
-    def digest(self) -> str:
-        """Of all that decides the machine code but the compiler: sources, specialisation, configuration."""
-        return _digest(*_sources(self.kernel), repr(self.specialised()), repr(self.configuration))
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
-
-
-@cache
-def _sources(kernel: Any) -> list[str]:
-    """The tokens of a kernel and of all functions and constants of Triton's that it names, comments left out."""
-    found: dict[str, str] = {}
-    waiting = [kernel]
-    while waiting:
-        function = waiting.pop()
-        tokens = tokenize.generate_tokens(io.StringIO(function.src).readline)
-        words = [token.string for token in tokens if token.string.strip() and not token.string.startswith(("#", '"""'))]
-        found[function.__name__] = " ".join(words)
-        for word in sorted(set(words) - set(found)):
-            value = function.fn.__globals__.get(word)
-            if isinstance(value, triton.JITFunction):
-                waiting.append(value)
-            elif isinstance(value, tl.constexpr):
-                found[word] = repr(value.value)
-    return [f"{name} {found[name]}" for name in sorted(found)]
-
-
-@cache
-def launches(dtype: str, rank: int) -> dict[str, Launched]:
-    """Every launch of the backend for a dtype and rank, as 'operation.kernel'; nothing runs."""
-    recorded: dict[str, Launched] = {}
-    operation, wanted = "", ("",)
-
-    def record(kernel: Any, grid: Any, configuration: Any, *arguments: Any, **options: Any) -> None:
-        if kernel.__name__ in wanted:
-            recorded[f"{operation}.{kernel.__name__}"] = Launched(kernel, arguments, options, configuration)
-
-    def tensor(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=DTYPES[dtype])
-
-    x, encoder, decoder = tensor(4096, 1024), tensor(rank, 1024), tensor(1024, rank)
-    encoder_bias, decoder_bias, code, scale = tensor(rank), tensor(1024), torch.empty(4096, rank), torch.empty(())
-    weights = (encoder, decoder, encoder_bias, decoder_bias)
-    tied = (encoder, None, encoder_bias, decoder_bias)
-    # Of each, the kernels that are not another one's with other strides.
-    operations: dict[str, tuple[tuple[str, ...], Callable[[], object]]] = {
-        "step": (
-            ("prepare", "encode", "collect", "finish"),
-            lambda: launch.step(x, None, *weights, "gelu", True, False),
-        ),
-        "step_tied": (("encode",), lambda: launch.step(x, None, *tied, "gelu", True, False)),
-        "step_target": (("encode",), lambda: launch.step(x, x, *weights, "gelu", True, False)),
-        "loss": (("encode", "add_up"), lambda: launch.step(x, None, *weights, "gelu", False, False)),
-        "layer": (("forward",), lambda: launch.forward(x, *weights, "gelu", True, True)),
-        "layer_backward": (
-            ("backward", "collect", "finish"),
-            lambda: launch.backward(x, x, encoder, decoder, code, "gelu", True, True, True),
-        ),
-        "data": (
-            ("data_gradients",),
-            lambda: launch.data_gradients(x, None, encoder, decoder, decoder_bias, code, code, scale, (True, False)),
-        ),
-        "squared_error": (("forward", "add_up"), lambda: launch.squared_error_sum(x, x)),
-        "squared_error_backward": (
-            ("backward",),
-            lambda: launch.squared_error_gradients(x, x, scale, (True, True)),
-        ),
-    }
-    run, launch._run = launch._run, record
-    matmul = torch.backends.cuda.matmul
-    setting, matmul.fp32_precision = matmul.fp32_precision, "tf32" if dtype == "tf32" else "ieee"
-    try:
-        for operation, (wanted, launched) in operations.items():  # noqa: B007
-            launched()
-    finally:
-        launch._run, matmul.fp32_precision = run, setting
-    return recorded
-
-
 def builds(architectures: tuple[str, ...]) -> Iterator[Build]:
     """Every kernel × dtype × rank × architecture; what does not depend on the dtype or the rank, once."""
     for architecture in architectures:
-        yield from (Build(architecture, *one) for one in _kernels() if _exists(architecture, one[0], one[2]))
-
-
-def _exists(architecture: str, dtype: str, kernel: str) -> bool:
-    """Whether the matrix has it: of variations one architecture tells enough, of tf32 the largest kernel."""
-    if kernel in VARIATIONS:
-        return architecture == "sm_90" and dtype != "tf32"
-    return dtype != "tf32" or (architecture != AMD and kernel == "step.encode")
+        yield from (Build(architecture, *one) for one in _kernels())
 
 
 def covering() -> Iterator[Build]:
-    """One build in nine, so chosen that every kernel is met, and every dtype, rank and architecture."""
+    """One build in twenty-nine, so that every kernel is met, and every dtype, rank and architecture."""
     of_kernel: dict[str, list[Build]] = {}
     for one in builds(ARCHITECTURES):
-        of_kernel.setdefault(one.kernel, []).append(one)
+        of_kernel.setdefault(repr(launches(one.dtype, one.rank)[one.kernel].kernel), []).append(one)
     for place, found in enumerate(of_kernel.values()):
-        yield from found[place % min(9, len(found)) :: 9]
+        yield from found[place % min(29, len(found)) :: 29]
 
 
 @cache
@@ -246,15 +121,6 @@ def build(what: Build) -> Resources:
 
 def _matrix_units(code: str) -> tuple[str, ...]:
     return tuple(name for name in INSTRUCTIONS if re.search(rf"\b{name}", code))
-
-
-_POINTERS = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.int32: "*i32",
-}
 
 
 def _target(architecture: str) -> GPUTarget:
