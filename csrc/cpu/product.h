@@ -75,6 +75,7 @@ struct View {
   int64_t row_stride, col_stride;
   int64_t rows, cols;
 
+  const T* row(int64_t index) const { return data + index * row_stride; }
   View transposed() const { return {data, col_stride, row_stride, cols, rows}; }
   View slice(int64_t first, int64_t count) const { return {data + first * row_stride, row_stride, col_stride, count, cols}; }
 };

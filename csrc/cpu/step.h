@@ -8,12 +8,12 @@
 // When T is X, U and Q are one product X·[Weᵀ, Wd] and the weight gradients are one product Xᵀ·[Z, dU]; tied weights need
 // no second half: Q follows from U, and dWe + dWdᵀ = (dU − Z)ᵀX + (ZᵀZ) We + (Σz) bdᵀ.
 //
-// Direct form, for tiles whose Σ R² < τ Σ T² (there the Gram form would cancel):
-//   R in blocks of columns,  Σ R²,  E = R Wd,  dWd += Rᵀ Z,  dbd += Σ R
+// Tiles whose Σ R² < τ Σ T² take the direct form (direct.h), for there the Gram form would cancel.
 #pragma once
 
 #include "abi.h"
 #include "activation.h"
+#include "direct.h"
 #include "gram.h"
 #include "operands.h"
 #include "parallel_for.h"
@@ -28,9 +28,6 @@ constexpr double kDirectBelow = sizeof(T) == 8 ? 1e-3 : sizeof(T) == 4 ? 4e-3 : 
 
 // Columns of T of which one pass makes all statistics, while they are in the first-level cache.
 constexpr int64_t kStatisticsCols = 1024;
-
-// Columns of R that are formed at a time.
-constexpr int64_t kResidualCols = 32 * kTileRows;
 
 template <class T>
 class Step {
@@ -75,9 +72,7 @@ class Step {
     Buffer<double> code_sum, slope_sum, target_sum;             // Σz, Σ dU, Σa
     Buffer<S> tile_sum;                                         // Σa of one tile
     Buffer<double> tile_code_sum, lost;                         // Σz of one tile, and its mean times G's rounding
-    Buffer<S> residual, residual_blocks, residual_code;         // direct form only: R, packed R, Rᵀ·Z
-    Buffer<S> decoder_panels, decoder_rows;                     // direct form only: Wd, Wdᵀ
-    Buffer<double> residual_sum;                                // direct form only: Σ R
+    Direct<T> direct;                                           // of tiles where the Gram form would cancel
   };
 
   struct Tile {
@@ -210,7 +205,10 @@ class Step {
     const Blocks<S> code = pack_blocks<S>({w.code, code_stride(), 1, tile.padded, K}, w.code_blocks);
     multiply(code, gram, w.error, code_stride());
     const bool direct = !gram_loss(w, tile);
-    if (direct) direct_loss(w, tile, code);
+    if (direct) {
+      const View<T> targets = target_view().slice(tile.first, tile.rows);
+      w.total += w.direct.run(args, decoder_bias, targets, code, code_panels(w, tile), wants_code, w.error, code_stride());
+    }
     if (wants_slope) finish_slope(w, tile);
     accumulate(w, tile, code, direct);
   }
@@ -263,8 +261,6 @@ class Step {
     }
   }
 
-  static const T* row_of(const View<T>& view, int64_t row) { return view.data + row * view.row_stride; }
-
   // Σ (t − bd)² and Σ t².
   struct Energy {
     double centred = 0, raw = 0;
@@ -276,7 +272,7 @@ class Step {
     Energy energy;
     if (args.d_decoder_bias) std::memset(w.tile_sum, 0, args.out_features * sizeof(S));
     for (int64_t r = 0; r < tile.rows; ++r) {
-      const T* t = row_of(targets, tile.first + r);
+      const T* t = targets.row(tile.first + r);
       for (int64_t begin = 0; begin < args.out_features; begin += kStatisticsCols) {
         const int64_t count = min(kStatisticsCols, args.out_features - begin);
         energy.centred += energy_around(t + begin, decoder_bias + begin, count);
@@ -309,59 +305,6 @@ class Step {
   static void add_to(S* sum, const T* t, const S* bias, int64_t count) {
 #pragma GCC ivdep
     for (int64_t j = 0; j < count; ++j) sum[j] += load(t[j]) - bias[j];
-  }
-
-  // Σ R² and E again, with R formed block of columns by block of columns, and the decoder's gradients.
-  void direct_loss(Worker& w, const Tile& tile, const Blocks<S>& code) {
-    prepare_direct(w, tile);
-    const View<T> targets = target_view();
-    const Panels<S> decoder = Panels<S>::over(w.decoder_panels, args.out_features, K);
-    const Panels<S> rows = Panels<S>::over(w.decoder_rows, K, args.out_features);
-    const Panels<S> codes = code_panels(w, tile);
-    for (int64_t col = 0; col < args.out_features; col += kResidualCols) {
-      const int64_t cols = min(kResidualCols, args.out_features - col);
-      const Panels<S> block{rows.panel(col / kCols<S>), rows.rows, round_up(cols, kCols<S>)};
-      multiply(code, block, w.residual, kResidualCols);
-      for (int64_t r = 0; r < tile.rows; ++r) {
-        S* residual = w.residual + r * kResidualCols;
-        const T* t = row_of(targets, tile.first + r) + col;
-        double sum = 0;
-        for (int64_t j = 0; j < cols; ++j) {
-          // In double: a bias may be much larger than the residual, and must cost it no digits.
-          residual[j] = S(double(residual[j]) + (double(decoder_bias[col + j]) - double(load(t[j]))));
-          sum += double(residual[j]) * double(residual[j]);
-          if (args.d_decoder_bias) w.residual_sum[col + j] += double(residual[j]);
-        }
-        w.total += sum;
-      }
-      const Blocks<S> packed = pack_blocks<S>({w.residual, kResidualCols, 1, tile.rows, cols}, w.residual_blocks);
-      add_error(w, packed, decoder, col);
-      if (wants_code) {
-        const Panels<S> sums = Panels<S>::over(w.residual_code, args.out_features, K);
-        multiply_transposed(packed, codes, sums.below(col));
-      }
-    }
-  }
-
-  // E (+)= R[:, col…] Wd[col…, :].
-  void add_error(Worker& w, const Blocks<S>& residual, const Panels<S>& decoder, int64_t col) {
-    for (int64_t j = 0; j < decoder.count(); ++j) {
-      const Panels<S> panel{decoder.row(col, j), residual.cols, kCols<S>};
-      multiply(residual, panel, w.error + j * kCols<S>, code_stride(), col > 0 ? Into::add : Into::store);
-    }
-  }
-
-  void prepare_direct(Worker& w, const Tile& tile) {
-    if (w.decoder_rows) return;
-    const View<T> decoder = decoder_view<T>(args);
-    // A block of R ends on a whole panel of Wdᵀ and a whole block of Wd.
-    static_assert(kResidualCols % kCols<S> == 0 && kResidualCols % kTileRows == 0);
-    packed_panels(decoder, w.decoder_panels);
-    packed_panels(decoder.transposed(), w.decoder_rows);
-    w.residual.allocate(tile.padded * kResidualCols);
-    w.residual_blocks.allocate(Blocks<S>::size(tile.padded, kResidualCols));
-    if (wants_code) w.residual_code.allocate_zeros(Panels<S>::size(args.out_features, K));
-    if (args.d_decoder_bias) w.residual_sum.allocate_zeros(args.out_features);
   }
 
   // dU = E ⊙ f′(U), in the place of f′(U).
@@ -451,7 +394,7 @@ class Step {
       for (int64_t k = 0; k < K; ++k)
         sum += double(load(decoder.data[d * decoder.row_stride + k * decoder.col_stride])) * workers[0].code_sum[k];
       for (int i = 0; i < threads; ++i)
-        if (workers[i].residual_sum) sum += workers[i].residual_sum[d];
+        sum += workers[i].direct.residual_sum(d);
       static_cast<S*>(args.d_decoder_bias)[d] = S(sum);
     }
   }
@@ -480,7 +423,7 @@ class Step {
       for (int i = 0; i < threads; ++i) {
         if (joint) add_row(row, K, workers[i].input_sums, args.in_features, input_width(), first + d, 0, S(-1));
         if (separate) add_row(row, K, workers[i].target_sums, args.out_features, K, first + d, 0, S(-1));
-        add_row(row, K, workers[i].residual_code, args.out_features, K, first + d, 0, S(1));
+        add_row(row, K, workers[i].direct.code_sums(), args.out_features, K, first + d, 0, S(1));
       }
       if (!tied) std::memcpy(static_cast<S*>(args.d_decoder_weight) + (first + d) * K, row, K * sizeof(S));
     }
