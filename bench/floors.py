@@ -1,6 +1,6 @@
 """``python -m bench.floors``: the least times of the training step, part by part, beside what was measured.
 
-Everything comes from ``bench/results/cpu.json``; the table is the one in ``docs/cpu-kernels.md``.
+Everything comes from ``bench/results/cpu-*.json``; the tables are those in ``docs/cpu-kernels.md``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .cases import OURS
 
-RESULTS = Path(__file__).with_name("results") / "cpu.json"
+RESULTS = Path(__file__).with_name("results")
 HEADER = """| dtype, N, D, K | wide products | small products | floor, ms | byol_fast, ms | share of floor | at the floor, over eager | over torch.compile |
 | --- | --- | --- | --- | --- | --- | --- | --- |"""  # noqa: E501
 
@@ -29,10 +29,18 @@ def row(case: dict, peak: dict[str, float]) -> str:
 
 
 def main() -> None:
-    document = json.loads(RESULTS.read_text())
-    cases = [benchmark["extra_info"] for benchmark in document["benchmarks"]]
-    steps = [case for case in cases if case["operation"] == "step" and case["ratio"] == 1]
-    print(HEADER, *(row(case, document["machine_info"]["peak"]) for case in steps), sep="\n")
+    for results in sorted(RESULTS.glob("cpu-*.json")):
+        document = json.loads(results.read_text())
+        machine = document["machine_info"]
+        cases = [benchmark["extra_info"] for benchmark in document["benchmarks"]]
+        # A dtype that the machine has no arithmetic for has no peak, and no floor.
+        steps = [
+            case
+            for case in cases
+            if case["operation"] == "step" and case["ratio"] == 1 and case["dtype"] in machine["peak"]
+        ]
+        rows = [row(case, machine["peak"]) for case in steps]
+        print(f"### {machine['instruction_set']}", "", HEADER, *rows, "", sep="\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def describe() -> dict[str, object]:
         "device": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "instruction_set": _instruction_set(),
+        "instruction_set": instruction_set(),
         "pytorch_instruction_set": torch.backends.cpu.get_cpu_capability(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -31,6 +31,15 @@ def describe() -> dict[str, object]:
         "byol_fast": bf.__version__,
         "peak": peaks(),
     }
+
+
+def instruction_set() -> str:
+    """That the native core runs on; ``none`` where the package was built without it."""
+    try:
+        from byol_fast import _native
+    except ImportError:
+        return "none"
+    return _native.info()["instruction_set"]
 
 
 def peaks() -> dict[str, float]:
@@ -51,11 +60,3 @@ def _processor() -> str:
     return next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
-
-
-def _instruction_set() -> str:
-    try:
-        from byol_fast import _native
-    except ImportError:
-        return "none: the package was built without its native core"
-    return _native.info()["instruction_set"]

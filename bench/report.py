@@ -13,10 +13,10 @@ PEERS = ("eager", "compiled", "chunked", "gram")
 LABELS = {"eager": "eager", "compiled": "torch.compile", "chunked": "chunked", "gram": "Gram in PyTorch", OURS: OURS}
 BYTES = {"float32": 4, "bfloat16": 2}
 
-INTRODUCTION = """# Benchmarks
+INTRODUCTION = """# Benchmarks: {instruction_set}
 
-Made by `make bench` ({date}, commit {commit}), which writes `bench/results/cpu.json` and this page from it; do not edit
-it by hand.
+Made by `make bench` ({date}, commit {commit}), which writes `bench/results/cpu-{instruction_set}.json`, for a
+machine of this kind, and this page from it; do not edit it by hand.
 
 | | |
 |---|---|
@@ -36,22 +36,25 @@ algebra as ours, in PyTorch's own operations. Their code is `bench/peers.py`.
 8·N·D·K operations) at the measured peak, or traffic (N×D matrices that must be read or written at least once) at the
 measured copy bandwidth, whichever takes longer.
 
-![Speed-up by rank, share of floor, memory, error](benchmarks.svg)
+![Speed-up by rank, share of floor, memory, error](benchmarks-{instruction_set}.svg)
 """
 
 
-def write(results: Path, folder: Path) -> None:
-    """Write ``benchmarks.md`` and ``benchmarks.svg`` into ``folder``."""
+def write(results: Path, folder: Path) -> Path:
+    """Write the page, and the plots beside it, into ``folder``; returns the page."""
     document = json.loads(results.read_text())
     cases = [benchmark["extra_info"] for benchmark in document["benchmarks"]]
     machine = document["machine_info"]
-    (folder / "benchmarks.md").write_text(page(document, cases, machine))
-    plot(cases, machine, folder / "benchmarks.svg")
+    written = folder / f"benchmarks-{machine['instruction_set']}.md"
+    written.write_text(page(document, cases, machine))
+    plot(cases, machine, written.with_suffix(".svg"))
+    return written
 
 
 def page(document: dict, cases: Sequence[dict], machine: dict) -> str:
     parts = [
         INTRODUCTION.format(
+            instruction_set=machine["instruction_set"],
             date=document["datetime"][:10],
             commit=(document["commit_info"].get("id") or "unknown")[:7],
             machine="\n".join(f"| {name} | {value} |" for name, value in described(machine)),

@@ -16,7 +16,7 @@ from bench import floors, memory, report
 from bench.cases import OURS, QUICK, Case
 from bench.test_speed import judge
 
-MACHINE = {"device": "a machine", "peak": {"float32": 1e9, "copy": 1e9}}
+MACHINE = {"device": "a machine", "instruction_set": "avx1024", "peak": {"float32": 1e9, "copy": 1e9}}
 
 
 @pytest.mark.parametrize(
@@ -81,9 +81,10 @@ def document(**variants: dict[str, object]) -> dict[str, object]:
 @pytest.fixture
 def page(tmp_path: Path, request: pytest.FixtureRequest) -> str:
     (tmp_path / "results.json").write_text(json.dumps(document(**request.param)))
-    report.write(tmp_path / "results.json", tmp_path)
-    assert (tmp_path / "benchmarks.svg").stat().st_size > 0
-    return (tmp_path / "benchmarks.md").read_text()
+    page = report.write(tmp_path / "results.json", tmp_path)
+    assert page.with_suffix(".svg").stat().st_size > 0
+    assert page.name == "benchmarks-avx1024.md"
+    return page.read_text()
 
 
 WIN = {"eager": result(0.048, extra_bytes=3 * 2**20), OURS: result(0.016, extra_bytes=2**20)}
@@ -130,6 +131,6 @@ def test_report_of_a_refusal(page: str) -> None:
     assert "Gram in PyTorch: output: relative error 5.00e-01, allowed 2.00e-05" in page
 
 
-def test_the_page_of_floors_has_the_table_of_the_committed_results(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_of_floors_has_the_tables_of_the_committed_results(capsys: pytest.CaptureFixture[str]) -> None:
     floors.main()
     assert capsys.readouterr().out in (Path(report.__file__).parents[1] / "docs/cpu-kernels.md").read_text()
