@@ -401,8 +401,8 @@ class Step {
 
   void finish_weights(Worker* workers, int thread) {
     constexpr int64_t kRows = 8 * kTileRows;
-    Buffer<S> gradient, block_data;
-    if (wants_code) gradient.allocate(kRows * code_stride()), block_data.allocate(Blocks<S>::size(kRows, K));
+    Buffer<S> gradient(kRows * code_stride()), block_data;
+    if (wants_code) block_data.allocate(Blocks<S>::size(kRows, K));
     const int64_t features = max(args.in_features, args.out_features), units = (features + kRows - 1) / kRows;
     for (int64_t unit = share(units, thread, threads); unit < share(units, thread + 1, threads); ++unit) {
       const int64_t first = unit * kRows;
@@ -429,14 +429,17 @@ class Step {
     }
   }
 
-  // Columns first … first + count of dWe = dUᵀX, tied: of the sum of both roles.
-  void encoder_gradient(Worker* workers, int64_t first, int64_t count, const S* decoder_part) {
-    Buffer<S> row(K);
-    for (int64_t d = 0; d < count; ++d) {
-      for (int64_t k = 0; k < K; ++k) row[k] = tied ? decoder_part[d * code_stride() + k] : S(0);
+  // Columns first … first + count of dWe = dUᵀX, tied: of the sum of both roles. `rows` holds them as rows: written to the
+  // caller one by one, numbers a row of dWe apart would fall on the same few lines of the cache.
+  void encoder_gradient(Worker* workers, int64_t first, int64_t count, S* rows) {
+    if (!tied) std::memset(rows, 0, count * code_stride() * sizeof(S));
+    for (int64_t d = 0; d < count; ++d)
       for (int i = 0; i < threads; ++i)
-        add_row(row, K, workers[i].input_sums, args.in_features, input_width(), first + d, slope_column(), S(1));
-      for (int64_t k = 0; k < K; ++k) static_cast<S*>(args.d_encoder_weight)[k * args.in_features + first + d] = row[k];
+        add_row(rows + d * code_stride(), K, workers[i].input_sums, args.in_features, input_width(), first + d,
+                slope_column(), S(1));
+    for (int64_t k = 0; k < K; ++k) {
+      S* out = static_cast<S*>(args.d_encoder_weight) + k * args.in_features + first;
+      for (int64_t d = 0; d < count; ++d) out[d] = rows[d * code_stride() + k];
     }
   }
 
