@@ -77,7 +77,6 @@ def texts(
     unlabelled: int = 0,
     batch_size: int = 32,
     max_tokens: int = 128,
-    unlabelled_tokens: int = 40,
 ) -> Texts:
     """Fetch them; so many texts of each kind, at most so many tokens of each."""
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -86,7 +85,7 @@ def texts(
     folder = data.minilm()
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
-    def part(source: data.Texts, start: int, count: int, max_tokens: int = max_tokens) -> tuple[list[Batch], list[str]]:
+    def part(source: data.Texts, start: int, count: int) -> tuple[list[Batch], list[str]]:
         order = torch.randperm(len(source.texts), generator=torch.Generator().manual_seed(0))
         chosen = order[start : start + count].tolist()
         # Texts of about one length together, so that little is padding.
@@ -103,5 +102,5 @@ def texts(
     calibrated, _ = part(train_half, 0, calibration)
     probe, probe_categories = part(train_half, calibration, train)
     tested, tested_categories = part(test_half, 0, test)
-    others, _ = part(train_half, calibration + train, unlabelled, unlabelled_tokens)
+    others, _ = part(train_half, calibration + train, unlabelled)
     return Texts(Embedder(bert).eval(), calibrated, probe, probe_categories, tested, tested_categories, others)
