@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, distributed
 
 from .backends import scatter_kernel
+from .rows import first_row_not_finite
 
 __all__ = ["Moments", "Scatter", "Sketch", "Spectrum"]
 
@@ -58,7 +59,13 @@ class Moments(ABC):
 
     @abstractmethod
     def _add_shifted(self, rows: Tensor, shift: Tensor, workspace: Tensor) -> Tensor:
-        """Add ``Σ (x − shift)(x − shift)ᵀ``, made in the dtype of the rows; the mean of ``x − shift``, in float64."""
+        """Add ``Σ (x − shift)(x − shift)ᵀ``, made in the dtype of the rows; ``Σ (x − shift)``, in float64."""
+
+    def _add_finite(self, rows: Tensor, shift: Tensor, workspace: Tensor) -> tuple[Tensor, int]:
+        """As :meth:`_add_shifted`, if all rows are finite, else of some rows before the first that is not; how many."""
+        if first_row_not_finite(rows) is not None:
+            return torch.zeros_like(self.mean), 0
+        return self._add_shifted(rows, shift, workspace), len(rows)
 
     @abstractmethod
     def _add_sparse_product(self, rows: Tensor) -> None:
@@ -72,14 +79,23 @@ class Moments(ABC):
     def _eigen(self) -> Spectrum:
         """The spectrum, not yet cleared of what rounding adds."""
 
-    def add_(self, rows: Tensor, workspace: Tensor) -> None:
-        """Add a block of dense rows; ``workspace``, of their shape and dtype, may be ``rows`` and is overwritten."""
+    def add_(self, rows: Tensor, workspace: Tensor) -> int:
+        """Add a block of dense rows; ``workspace``, of their shape and dtype, may be ``rows`` and is overwritten.
+
+        Returns how many were added: all, or, if one of them holds NaN or Inf, some of those before it.
+        """
         # Any point will do that is not many standard deviations from the mean: what it is beside the mean is taken out.
         shift = rows[:: max(1, len(rows) // _SHIFT_ROWS)].mean(dim=0)
-        rest = self._add_shifted(rows, shift, workspace)
-        self._add_outer(rest, -len(rows))
-        self._count(len(rows), shift.double() + rest)
-        self.resolution = max(self.resolution, torch.finfo(rows.dtype).eps)
+        # One that is not finite would spoil rows that are.
+        if not bool(torch.isfinite(shift).all()) and first_row_not_finite(rows) is not None:
+            return 0
+        total, added = self._add_finite(rows, shift, workspace)
+        if added:
+            rest = total / added
+            self._add_outer(rest, -added)
+            self._count(added, shift.double() + rest)
+            self.resolution = max(self.resolution, torch.finfo(rows.dtype).eps)
+        return added
 
     def add_sparse_(self, rows: Tensor) -> None:
         """Add a block of CSR rows. In float64 throughout, because zeros cannot be shifted by a mean."""
@@ -168,14 +184,16 @@ class Scatter(Moments):
         """The scatter; of ``image``, only the upper triangle is kept up to date."""
         return self.image.triu() + self.image.triu(1).T
 
-    def _add_shifted(self, rows: Tensor, shift: Tensor, workspace: Tensor) -> Tensor:
+    def _add_finite(self, rows: Tensor, shift: Tensor, workspace: Tensor) -> tuple[Tensor, int]:
         scatter = scatter_kernel(rows)
-        if scatter is not None:
-            return scatter(rows, shift, self.image) / len(rows)
+        # The kernel sees what is not finite while it packs the rows, which saves a pass over them.
+        return super()._add_finite(rows, shift, workspace) if scatter is None else scatter(rows, shift, self.image)
+
+    def _add_shifted(self, rows: Tensor, shift: Tensor, workspace: Tensor) -> Tensor:
         rows = torch.sub(rows, shift, out=workspace)
         for part in rows.split(_SUM_ROWS):
             self._add_triangle(part)
-        return rows.mean(dim=0).double()
+        return rows.mean(dim=0).double() * len(rows)
 
     def _add_triangle(self, rows: Tensor) -> None:
         """Add ``rowsᵀ rows``; panels of the upper triangle take little more than half the work of the full product."""
@@ -229,7 +247,7 @@ class Sketch(Moments):
         for part in rows.split(_SUM_ROWS):
             self.image += part.T @ (part @ test)
         self.energy += torch.linalg.vector_norm(rows, dim=0).double().square().sum()
-        return rows.mean(dim=0).double()
+        return rows.mean(dim=0).double() * len(rows)
 
     def _add_sparse_product(self, rows: Tensor) -> None:
         self.image += rows.t() @ (rows @ self.test)

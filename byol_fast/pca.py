@@ -113,8 +113,8 @@ class StreamingPCA:
 
         Raises:
             TypeError: ``batch`` is something else.
-            ValueError: its shape does not fit, or a row holds NaN or Inf; the message names the first. The rows of the
-                blocks before that row have been added then.
+            ValueError: its shape does not fit, or a row holds NaN or Inf; the message names the first. Of a large batch,
+                rows some way before that row have been added then; ``n_samples_seen_`` says how many.
         """
         if isinstance(batch, DataLoader):
             for item in batch:
@@ -126,32 +126,35 @@ class StreamingPCA:
                 f"batch: expected shape [rows, n_features] = [any, {self.n_features}], got {list(rows.shape)}"
             )
         for start, block in rows.blocks(self._block_rows):
-            bad = first_row_not_finite(block)
-            if bad is not None:
-                seen = self.n_samples_seen_ + bad
-                raise ValueError(
-                    f"batch: expected finite numbers, got NaN or Inf in row {start + bad} (row {seen} of all rows seen)"
-                )
-            if rows.sparse and rows.density <= _SPARSE_DENSITY:
-                self._moments.add_sparse_(block.to(self.device))
-            else:
-                self._enqueue(block.to_dense() if rows.sparse else block, rows.dtype)
             self._settled_moments = None
             self._spectra.clear()
+            if rows.sparse and rows.density <= _SPARSE_DENSITY:
+                self._check_finite(block, start)
+                self._moments.add_sparse_(block.to(self.device))
+            else:
+                self._enqueue(block.to_dense() if rows.sparse else block, rows.dtype, start)
         return self
 
-    def _enqueue(self, block: Tensor, dtype: torch.dtype) -> None:
+    def _check_finite(self, block: Tensor, start: int) -> None:
+        """Name the first row of this block, which begins at row ``start`` of its batch, that is not finite."""
+        bad = first_row_not_finite(block)
+        if bad is not None:
+            seen = self.n_samples_seen_ + bad
+            raise ValueError(
+                f"batch: expected finite numbers, got NaN or Inf in row {start + bad} (row {seen} of all rows seen)"
+            )
+
+    def _enqueue(self, block: Tensor, dtype: torch.dtype, start: int = 0) -> None:
         """Collect rows until a block is full, so that small batches cost no more than large ones."""
         if self._pending.dtype != dtype:
             self._start_anew(self._settled(), dtype)
+        if self._pending.numel() == 0:
+            self._pending = self._pending.new_empty(self._block_rows, self.n_features)
+        if self._pending_rows == 0 and self._is_ready(block):
+            added = self._moments.add_(block, self._pending)
+            block, start = block[added:], start + added
+        self._check_finite(block, start)
         while len(block):
-            if self._pending.numel() == 0:
-                self._pending = self._pending.new_empty(self._block_rows, self.n_features)
-            whole = block[: self._block_rows]
-            if self._pending_rows == 0 and whole.shape == self._pending.shape and self._is_ready(whole):
-                self._moments.add_(whole, self._pending)
-                block = block[self._block_rows :]
-                continue
             part = block[: self._block_rows - self._pending_rows]
             self._pending[self._pending_rows : self._pending_rows + len(part)] = part
             self._pending_rows += len(part)
@@ -161,9 +164,9 @@ class StreamingPCA:
                 self._pending_rows = 0
 
     def _is_ready(self, block: Tensor) -> bool:
-        """Whether nothing is to be converted, moved or laid out anew, so that the block need not be copied."""
+        """Whether the block is full and nothing is to be converted, moved or laid out anew: then it need not be copied."""
         same = block.dtype == self._pending.dtype and block.device == self._pending.device
-        return same and block.is_contiguous()
+        return same and block.shape == self._pending.shape and block.is_contiguous()
 
     def _start_anew(self, moments: Moments, dtype: torch.dtype) -> None:
         """Go on from these moments, with nothing pending."""

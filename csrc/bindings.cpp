@@ -140,8 +140,8 @@ void step_input_gradients(int dtype, int threads, const Sizes& sizes, const PyMa
   kernels.step_input_gradients(args);
 }
 
-void scatter(int dtype, int threads, int64_t rows, int64_t features, const PyMatrix& input, Address shift,
-             Address image, Address sums) {
+int64_t scatter(int dtype, int threads, int64_t rows, int64_t features, const PyMatrix& input, Address shift,
+                Address image, Address sums) {
   byol::ScatterArgs args{};
   args.dtype = byol::DType(dtype);
   args.threads = threads;
@@ -152,7 +152,7 @@ void scatter(int dtype, int threads, int64_t rows, int64_t features, const PyMat
   args.sums = static_cast<double*>(at(sums));
   const byol::KernelTable& kernels = byol::kernels();
   py::gil_scoped_release unlocked;
-  kernels.scatter(args);
+  return kernels.scatter(args);
 }
 
 void prefer_huge_pages(Address data, int64_t bytes) { byol::prefer_huge_pages(at(data), bytes); }

@@ -236,6 +236,26 @@ def test_the_first_row_that_is_not_finite_is_named_and_left_out(digits, bad, kin
     assert torch.equal(pca.covariance_, before)
 
 
+# Inside a block, among the rows that its shift is made of, and in the rows after the last full block.
+@pytest.mark.parametrize("row", [20001, 16384, 40000])
+@pytest.mark.parametrize("backend", [name for name in ("reference", "native") if bf.backends()[name].available])
+def test_what_was_added_before_a_bad_row_of_a_large_batch_is_whole(backend, row):
+    rows = torch.randn(41000, 8, generator=torch.Generator().manual_seed(0)).add_(5)
+    spoiled = rows.clone()
+    spoiled[row, 7] = spoiled[row + 5, 0] = float("nan")
+    with bf.use_backend(backend):
+        pca = bf.StreamingPCA(8)
+        with pytest.raises(ValueError, match=rf"NaN or Inf in row {row} \(row {row} of all rows seen\)"):
+            pca.partial_fit(spoiled)
+        seen = pca.n_samples_seen_
+        assert row - 16384 <= seen <= row
+        truth = scatter_of(rows[:seen]) / (seen - 1)
+        assert_contract(pca.covariance_.float(), torch.cov(rows[:seen].T), truth, "covariance")
+        pca.partial_fit(rows[seen:])
+        truth = scatter_of(rows) / (len(rows) - 1)
+        assert_contract(pca.covariance_.float(), torch.cov(rows.T), truth, "covariance")
+
+
 def test_rows_whose_sum_overflows_are_finite():
     assert fitted(torch.full((5, 3), 3e38)).n_samples_seen_ == 5
 

@@ -230,7 +230,7 @@ def kernels(name: str) -> Kernels:
     return cast(Kernels, _REGISTRY[name])
 
 
-def scatter_kernel(rows: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+def scatter_kernel(rows: Tensor) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, int]] | None:
     """The kernel that adds up the scatter of these rows (:meth:`Native.scatter`); None: plain PyTorch has to do it."""
     native = _REGISTRY["native"]
     if current() not in (_AUTO, "native") or native.unavailable() or native.refuses((rows,)):

@@ -260,14 +260,15 @@ class Native:
         )
         return [d_input, d_target]
 
-    def scatter(self, rows: Tensor, shift: Tensor, image: Tensor) -> Tensor:
-        """Add ``Σ (x − shift)(x − shift)ᵀ`` to the upper triangle of ``image``, and return ``Σ (x − shift)``.
+    def scatter(self, rows: Tensor, shift: Tensor, image: Tensor) -> tuple[Tensor, int]:
+        """Add ``Σ (x − shift)(x − shift)ᵀ`` to the upper triangle of ``image``; ``Σ (x − shift)``, and of how many rows.
 
-        rows ``[n, D]`` and shift ``[D]`` are float32 or float64, image ``[D, D]`` (contiguous) and the sum float64.
+        Of all, or, if one of them holds NaN or Inf, of some before it. rows ``[n, D]`` and shift ``[D]`` are float32 or
+        float64, image ``[D, D]`` (contiguous) and the sum float64.
         """
         rows, shift = _rows(rows), shift.contiguous()
         sums = torch.zeros_like(image[0])
-        _native.scatter(
+        added = _native.scatter(
             _DTYPES[rows.dtype],
             torch.get_num_threads(),
             *rows.shape,
@@ -276,7 +277,7 @@ class Native:
             image.data_ptr(),
             sums.data_ptr(),
         )
-        return sums
+        return sums, added
 
 
 def _collapsed(*tensors: Tensor) -> tuple[int, int, Sequence[Tensor], list[tuple[int, int]]]:

@@ -92,7 +92,8 @@ struct SparseSums {
   double squared_error, energy;
 };
 
-// One instruction set's kernels. squared_error and step return the sum of squares.
+// One instruction set's kernels. squared_error and step return the sum of squares; scatter how many rows it added: all, or
+// those of the rounds before the first that holds NaN or infinity.
 struct KernelTable {
   const char* name;
   double (*squared_error)(const SquaredErrorArgs&);
@@ -102,7 +103,7 @@ struct KernelTable {
   double (*step)(const StepArgs&);
   SparseSums (*sparse_step)(const SparseArgs&);
   void (*step_input_gradients)(const InputGradientArgs&);
-  void (*scatter)(const ScatterArgs&);
+  int64_t (*scatter)(const ScatterArgs&);
 };
 
 }  // namespace byol

@@ -51,10 +51,7 @@ const KernelTable table{
       with_storage(args.dtype, [&](auto zero) { step_input_gradients<decltype(zero)>(args); });
     },
     [](const ScatterArgs& args) {
-      if (args.dtype == DType::f64)
-        Scatter<double>(args).run();
-      else
-        Scatter<float>(args).run();
+      return args.dtype == DType::f64 ? Scatter<double>(args).run() : Scatter<float>(args).run();
     },
 };
 

@@ -2,10 +2,15 @@
 //
 //   image += Σ (x − s)(x − s)ᵀ  (its upper triangle),    sums += Σ (x − s).
 //
-// Some hundred rows at a time are shifted and packed into panels, which are both operands: a register tile is R columns of
-// one panel by the C columns of another, and R divides C. Registers sum rows, the image sums in double.
-// Every entry is summed in the same order whatever the number of threads.
+// Some hundred rows at a time, a round, are shifted and packed into panels of C columns, which are both operands: a
+// register tile is R columns of one panel by the C columns of another, and R divides C. Registers sum rows, the image sums
+// in double. Every entry is summed in the same order whatever the number of threads.
+//
+// Threads draw the packing and the multiplying of all rounds from one queue, and nobody waits for the end of a round: while
+// some multiply a round, others pack the next one into a second buffer.
 #pragma once
+
+#include <sched.h>
 
 #include <atomic>
 
@@ -22,82 +27,154 @@ class Scatter {
   static_assert(C % R == 0);
   // Rows between two looks at the image: many hide its traffic, few stay in the cache. A register sums fewer of them, so
   // that less is lost to rounding.
-  static constexpr int64_t kRows = 1024, kSum = 128;
+  static constexpr int64_t kRows = 1024, kSum = 128, kPack = 64;
   // Panels of the left operand that stay in the second-level cache while those of the right operand pass.
   static constexpr int64_t kLeft = 240 * 1024 / (kRows * C * sizeof(S));
   static_assert(kLeft > 0);
+  // Panels begin this far apart beyond their length, lest rows of all panels fall on the same lines of a cache.
+  static constexpr int64_t kApart = 128 / sizeof(S);
 
  public:
   explicit Scatter(const ScatterArgs& args)
       : args(args),
         D(args.features),
         panels((D + C - 1) / C),
+        rounds((args.rows + kRows - 1) / kRows),
         threads(int(max(1, min(args.threads, args.rows * D * D / 400000)))),
-        packed(min(kRows, args.rows) * panels * C), column_sums(panels * C) {}
+        left(units_of(panels, kLeft) < 8 * threads ? 1 : kLeft),
+        packs((min(kRows, args.rows) + kPack - 1) / kPack),
+        tiles(units_of(panels, left)),
+        panel_size(min(kRows, args.rows) * C + kApart),
+        packed(2 * panels * panel_size), done(packs + tiles), valid(args.rows) {
+    for (int64_t unit = 0; unit < packs + tiles; ++unit) new (&done[unit]) std::atomic<int64_t>(0);
+  }
 
-  void run() {
-    for (int64_t first = 0; first < args.rows; first += kRows) {
-      const int64_t rows = min(kRows, args.rows - first);
-      parallel_for(threads, [&](int thread) { pack(first, rows, thread); });
-      next = 0;
-      parallel_for(threads, [&](int) { multiply(rows); });
-    }
+  // How many rows were added: all, or those of the rounds before the one that holds the first NaN or infinity.
+  int64_t run() {
+    parallel_for(threads, [&](int) { work(); });
+    return valid;
   }
 
  private:
-  // Rows first … first + rows, less the shift: the columns of this thread's panels.
-  void pack(int64_t first, int64_t rows, int thread) {
-    const int64_t begin = share(panels, thread, threads), end = share(panels, thread + 1, threads);
-    S* sums = column_sums + begin * C;
-    std::memset(sums, 0, (end - begin) * C * sizeof(S));
-    for (int64_t r = 0; r < rows; ++r) {
-      const S* row = static_cast<const S*>(args.input.data) + (first + r) * args.input.stride;
-      for (int64_t p = begin; p < end; ++p) pack_row(row, p, packed + (p * rows + r) * C);
-    }
-    for (int64_t j = begin * C; j < min(end * C, D); ++j) args.sums[j] += double(column_sums[j]);
+  // Pairs of some panels of the left operand and one of the right, that reach above the diagonal.
+  static int64_t units_of(int64_t panels, int64_t left) {
+    int64_t units = 0;
+    for (int64_t first = 0; first < panels; first += left) units += panels - first;
+    return units;
   }
 
-  void pack_row(const S* row, int64_t p, S* out) {
-    const int64_t col = p * C, cols = min(C, D - col);
-    const S* shift = static_cast<const S*>(args.shift) + col;
-    S* sum = column_sums + col;
-    if (cols == C) {
-      for (int j = 0; j < C; ++j) out[j] = row[col + j] - shift[j];
-    } else {
-      for (int j = 0; j < C; ++j) out[j] = j < cols ? row[col + j] - shift[j] : S(0);
-    }
-    for (int j = 0; j < C; ++j) sum[j] += out[j];
-  }
-
-  // The tiles that reach above the diagonal, some left panels times one right panel at a time.
-  void multiply(int64_t rows) {
-    int64_t index = 0, taken = next++;
-    for (int64_t left = 0; left < panels; left += kLeft)
-      for (int64_t right = left; right < panels; ++right) {
-        if (index++ != taken) continue;
-        for (int64_t p = left; p < min(left + kLeft, right + 1); ++p) multiply_panels(rows, p, right);
-        taken = next++;
+  // All units in the order in which they are drawn: a round is packed in the midst of multiplying the one before it. A unit
+  // waits only for units that were drawn earlier, hence are being worked on.
+  void work() {
+    const int64_t before = tiles / 2;
+    for (int64_t drawn; (drawn = next++) < packs + rounds * (packs + tiles);) {
+      const int64_t round = (drawn + tiles) / (packs + tiles) - 1;
+      const int64_t place = drawn - packs - round * (packs + tiles);
+      if (round < 0) {
+        pack(0, drawn);
+      } else if (place < before) {
+        multiply(round, place);
+      } else if (place < before + packs) {
+        if (round + 1 < rounds) pack(round + 1, place - before);
+      } else {
+        multiply(round, place - packs);
       }
+    }
   }
+
+  // Until the unit has done so many rounds.
+  void wait(int64_t unit, int64_t count) const {
+    while (done[unit].load(std::memory_order_acquire) < count) sched_yield();
+  }
+  void finish(int64_t unit, int64_t round) { done[unit].store(round + 1, std::memory_order_release); }
+
+  int64_t rows_of(int64_t round) const { return min(kRows, args.rows - round * kRows); }
+  S* panel(int64_t round, int64_t p) const { return packed + (round % 2 * panels + p) * panel_size; }
+
+  // Some rows of a round, less the shift, into their places in all panels.
+  void pack(int64_t round, int64_t unit) {
+    wait(unit, round);
+    for (int64_t other = packs; other < packs + tiles; ++other) wait(other, round - 1);
+    const int64_t begin = unit * kPack, end = min(begin + kPack, rows_of(round));
+    Vector zeros[3] = {};
+    S rest = 0;
+    for (int64_t r = begin; r < end; ++r) {
+      const S* row = static_cast<const S*>(args.input.data) + (round * kRows + r) * args.input.stride;
+      const S* shift = static_cast<const S*>(args.shift);
+      for (int64_t p = 0; p < panels; ++p, row += C, shift += C) {
+        S* out = panel(round, p) + r * C;
+        if ((p + 1) * C <= D) {
+          for (int v = 0; v < 3; ++v) {
+            const Vector x = reinterpret_cast<const Vector*>(row)[v];
+            // Zero, or NaN from the first NaN or infinity on.
+            zeros[v] += x * 0;
+            reinterpret_cast<Vector*>(out)[v] = x - reinterpret_cast<const Vector*>(shift)[v];
+          }
+        } else {
+          const int64_t cols = D - p * C;
+          for (int64_t j = 0; j < cols; ++j) rest += row[j] * 0, out[j] = row[j] - shift[j];
+          for (int64_t j = cols; j < C; ++j) out[j] = 0;
+        }
+      }
+    }
+    for (int i = 0; i < C; ++i) rest += zeros[i / L][i % L];
+    if (rest != 0)
+      for (int64_t seen = valid; round * kRows < seen && !valid.compare_exchange_weak(seen, round * kRows);) {}
+    finish(unit, round);
+  }
+
+  // Some panels of the left operand, those that reach above the diagonal, by one of the right.
+  void multiply(int64_t round, int64_t unit) {
+    for (int64_t other = 0; other < packs; ++other) wait(other, round + 1);
+    wait(packs + unit, round);
+    if (round * kRows < valid) {
+      int64_t first = 0, q = unit;
+      for (; q >= panels - first; first += left) q -= panels - first;
+      q += first;
+      for (int64_t p = first; p < min(first + left, q + 1); ++p) multiply_panels(round, p, q);
+      if (q < first + left) add_columns(round, q);
+    }
+    finish(packs + unit, round);
+  }
+
+  int64_t width(int64_t p) const { return min(C, D - p * C); }
+  // A narrow last panel costs less as the left operand, which is cut finer; its tile is transposed.
+  bool transposed(int64_t p, int64_t q) const { return p < q && width(q) < C; }
 
   // image[C·p …, C·q …] += panel pᵀ · panel q.
-  void multiply_panels(int64_t rows, int64_t p, int64_t q) {
-    const int64_t height = min(C, D - p * C), width = min(C, D - q * C);
+  void multiply_panels(int64_t round, int64_t p, int64_t q) {
     alignas(64) S sums[C * C] = {};
-    for (int64_t row = 0; row < rows; row += kSum) {
-      const S *a = packed + (p * rows + row) * C, *b = packed + (q * rows + row) * C;
-      // Vectors beyond the matrix, and on the diagonal those below it, are left out.
-      for (int c = 0; c < height; c += R)
-        tile(p == q ? c / L : 0, int((width + L - 1) / L), a + c, b, min(kSum, rows - row), sums + c * C);
-    }
+    const bool swap = transposed(p, q);
+    const S *a = panel(round, swap ? q : p), *b = panel(round, swap ? p : q);
+    const int64_t rows = rows_of(round), height = width(swap ? q : p);
+    // Vectors beyond the matrix, and on the diagonal those below it, are left out.
+    const int end = int((width(swap ? p : q) + L - 1) / L);
+    for (int64_t row = 0; row < rows; row += kSum, a += kSum * C, b += kSum * C)
+      for (int c = 0; c < height; c += R) tile(p == q ? c / L : 0, end, a + c, b, min(kSum, rows - row), sums + c * C);
     double* image = args.image + p * C * D + q * C;
-    if (height == C && width == C) {
+    if (swap) {
+      for (int i = 0; i < C; ++i)
+        for (int64_t j = 0; j < width(q); ++j) image[i * D + j] += double(sums[j * C + i]);
+    } else if (width(q) == C) {
       for (int i = 0; i < C; ++i)
         for (int j = 0; j < C; ++j) image[i * D + j] += double(sums[i * C + j]);
     } else {
-      for (int64_t i = 0; i < height; ++i)
-        for (int64_t j = 0; j < width; ++j) image[i * D + j] += double(sums[i * C + j]);
+      for (int64_t i = 0; i < width(p); ++i)
+        for (int64_t j = 0; j < width(q); ++j) image[i * D + j] += double(sums[i * C + j]);
     }
+  }
+
+  // Sums of the columns of a panel.
+  void add_columns(int64_t round, int64_t p) {
+    Vector sum[3] = {};
+    for (int64_t row = 0; row < rows_of(round); row += kSum) {
+      Vector part[3] = {};
+      const Vector* rows = reinterpret_cast<const Vector*>(panel(round, p) + row * C);
+      for (int64_t r = 0; r < min(kSum, rows_of(round) - row); ++r, rows += 3)
+        part[0] += rows[0], part[1] += rows[1], part[2] += rows[2];
+      sum[0] += part[0], sum[1] += part[1], sum[2] += part[2];
+    }
+    for (int64_t j = 0; j < width(p); ++j) args.sums[p * C + j] += double(sum[j / L][j % L]);
   }
 
   static void tile(int begin, int end, const S* a, const S* b, int64_t rows, S* sums) {
@@ -130,10 +207,14 @@ class Scatter {
   }
 
   const ScatterArgs& args;
-  const int64_t D, panels;
+  const int64_t D, panels, rounds;
   const int threads;
-  Buffer<S> packed, column_sums;
-  std::atomic<int64_t> next{0};
+  // Left panels of a unit; units that pack a round, and units that multiply it.
+  const int64_t left, packs, tiles, panel_size;
+  Buffer<S> packed;
+  // Rounds that each unit has done; first those that pack.
+  Buffer<std::atomic<int64_t>> done;
+  std::atomic<int64_t> next{0}, valid;
 };
 
 }  // namespace byol::BYOL_ISA

@@ -128,7 +128,7 @@ struct Random {
 // A matrix in storage with a row stride of its own, and its values in double. Stride 0 repeats one row.
 struct Operand {
   Operand(Random& random, DType dtype, int64_t rows, int64_t cols, double scale, bool may_expand = true)
-      : rows(rows), cols(cols), stride(random.below(4) ? cols : cols + random.below(9)) {
+      : dtype(dtype), rows(rows), cols(cols), stride(random.below(4) ? cols : cols + random.below(9)) {
     if (may_expand && random.below(12) == 0) stride = 0;
     const int64_t count = rows ? (rows - 1) * stride + cols : 0;
     memory = std::make_unique<Guarded>(size_t(count) * size_of(dtype));
@@ -140,11 +140,16 @@ struct Operand {
   }
   Matrix matrix() const { return {memory->as<void>(), stride}; }
   double at(int64_t r, int64_t c) const { return values[r * cols + c]; }
+  void spoil(int64_t r, int64_t c) {
+    put(dtype, memory->as<void>(), r * stride + c, NAN);
+    before = memory->copy();
+  }
   void check() const {
     memory->check("an operand");
     if (memory->copy() != before) fail("an operand was written");
   }
 
+  DType dtype;
   int64_t rows, cols, stride;
   std::unique_ptr<Guarded> memory;
   std::vector<uint8_t> before;
@@ -456,24 +461,34 @@ void fuzz_sparse(Case& c) {
 
 void fuzz_scatter(Case& c) {
   if (c.dtype != DType::f64) c.dtype = DType::f32;
-  c.rows *= 1 + c.random.below(5);
-  const Operand x(c.random, c.dtype, c.rows, c.D, 1), shift(c.random, c.dtype, 1, c.D, 1, false);
+  c.rows *= 1 + c.random.below(9);
+  Operand x(c.random, c.dtype, c.rows, c.D, 1);
+  const Operand shift(c.random, c.dtype, 1, c.D, 1, false);
   const Result image(DType::f64, c.D * c.D), sums(DType::f64, c.D);
+  int64_t finite = c.rows;
+  if (c.rows && c.random.flip()) {
+    finite = c.random.below(c.rows);
+    x.spoil(finite, c.random.below(c.D));
+    if (x.stride == 0) finite = 0;
+  }
   // It adds to what is there.
   Dense s(c.D), truth(c.D * c.D);
   for (int64_t i = 0; i < c.D; ++i) static_cast<double*>(sums.data())[i] = s[i] = double(i);
   for (int64_t i = 0; i < c.D * c.D; ++i) static_cast<double*>(image.data())[i] = truth[i] = double(i % 7);
-  for (int64_t n = 0; n < c.rows; ++n)
+  ScatterArgs args{};
+  args.dtype = c.dtype, args.threads = c.threads, args.rows = c.rows, args.features = c.D;
+  args.input = x.matrix(), args.shift = shift.memory->as<void>();
+  args.image = static_cast<double*>(image.data()), args.sums = static_cast<double*>(sums.data());
+  const int64_t added = kernels().scatter(args);
+  // Of a round that holds NaN, nothing; all else is added.
+  if (added > finite || added < finite - 1024 || (finite == c.rows && added != finite))
+    fail("scatter added " + std::to_string(added) + " of " + std::to_string(finite) + " finite rows");
+  for (int64_t n = 0; n < added; ++n)
     for (int64_t i = 0; i < c.D; ++i) {
       const double left = x.at(n, i) - shift.at(0, i);
       s[i] += left;
       for (int64_t j = 0; j < c.D; ++j) truth[i * c.D + j] += left * (x.at(n, j) - shift.at(0, j));
     }
-  ScatterArgs args{};
-  args.dtype = c.dtype, args.threads = c.threads, args.rows = c.rows, args.features = c.D;
-  args.input = x.matrix(), args.shift = shift.memory->as<void>();
-  args.image = static_cast<double*>(image.data()), args.sums = static_cast<double*>(sums.data());
-  kernels().scatter(args);
   // Nothing is promised of what is below the diagonal.
   for (int64_t i = 0; i < c.D; ++i)
     for (int64_t j = 0; j < i; ++j) args.image[i * c.D + j] = truth[i * c.D + j] = 0;
