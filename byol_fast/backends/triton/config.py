@@ -80,7 +80,7 @@ _TABLE = {
         Launch(64, 32, 8, 2), Launch(16, 32, 4, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 1)
     ),
     (False, 64): Config(
-        Launch(32, 32, 8, 2), Launch(16, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 1)
+        Launch(32, 32, 8, 2), Launch(16, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(32, 32, 8, 1)
     ),
     (False, 128): Config(
         Launch(32, 16, 8, 2), Launch(16, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 1)
