@@ -38,6 +38,8 @@ def prepare(
         d = first + tl.arange(0, BLOCK)
         left = matrix(decoder, d, i, decoder_row, decoder_column, out_features, rank, TF32).to(tl.float64)
         right = matrix(decoder, d, j, decoder_row, decoder_column, out_features, rank, TF32).to(tl.float64)
+        # Sums of one element, through which Triton 3.6 does not look: it would lay float64 out as bfloat16, and fail.
+        left, right = tl.sum(left[:, :, None], axis=2), tl.sum(right[:, :, None], axis=2)
         products = tl.dot(tl.trans(left), right, products, input_precision="ieee", out_dtype=tl.float64)
         if HAS_DECODER_BIAS:
             bias = vector(decoder_bias, d, out_features, True)
