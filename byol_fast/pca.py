@@ -113,8 +113,8 @@ class StreamingPCA:
 
         Raises:
             TypeError: ``batch`` is something else.
-            ValueError: its shape does not fit, or a row holds NaN or Inf; the message names the first. Of a large batch,
-                rows some way before that row have been added then; ``n_samples_seen_`` says how many.
+            ValueError: its shape does not fit, or a row holds NaN or Inf; the message names the first. Of a large
+                batch, rows some way before that row have been added then; ``n_samples_seen_`` says how many.
         """
         if isinstance(batch, DataLoader):
             for item in batch:
@@ -164,7 +164,7 @@ class StreamingPCA:
                 self._pending_rows = 0
 
     def _is_ready(self, block: Tensor) -> bool:
-        """Whether the block is full and nothing is to be converted, moved or laid out anew: then it need not be copied."""
+        """Whether the block is full, and nothing is to be converted, moved or laid out anew: it need not be copied."""
         same = block.dtype == self._pending.dtype and block.device == self._pending.device
         return same and block.shape == self._pending.shape and block.is_contiguous()
 

@@ -261,10 +261,10 @@ class Native:
         return [d_input, d_target]
 
     def scatter(self, rows: Tensor, shift: Tensor, image: Tensor) -> tuple[Tensor, int]:
-        """Add ``Σ (x − shift)(x − shift)ᵀ`` to the upper triangle of ``image``; ``Σ (x − shift)``, and of how many rows.
+        """Add ``Σ (x − shift)(x − shift)ᵀ`` to the upper triangle of ``image``; returns ``Σ (x − shift)``, and a count.
 
-        Of all, or, if one of them holds NaN or Inf, of some before it. rows ``[n, D]`` and shift ``[D]`` are float32 or
-        float64, image ``[D, D]`` (contiguous) and the sum float64.
+        It says how many rows were added: all, or, if one of them holds NaN or Inf, some before it. rows ``[n, D]`` and
+        shift ``[D]`` are float32 or float64, image ``[D, D]`` (contiguous) and the sum float64.
         """
         rows, shift = _rows(rows), shift.contiguous()
         sums = torch.zeros_like(image[0])
