@@ -39,6 +39,11 @@ class Spectrum(NamedTuple):
     total: float
 
 
+def _point_among(rows: Tensor) -> Tensor:
+    """A point to shift rows by; any will do that is not many standard deviations from the mean."""
+    return rows[:: max(1, len(rows) // _SHIFT_ROWS)].mean(dim=0)
+
+
 class Moments(ABC):
     """Count, mean ``[D]``, and image of the scatter ``[D, l]``, in float64."""
 
@@ -61,12 +66,6 @@ class Moments(ABC):
     def _add_shifted(self, rows: Tensor, shift: Tensor, workspace: Tensor) -> Tensor:
         """Add ``Σ (x − shift)(x − shift)ᵀ``, made in the dtype of the rows; ``Σ (x − shift)``, in float64."""
 
-    def _add_finite(self, rows: Tensor, shift: Tensor, workspace: Tensor) -> tuple[Tensor, int]:
-        """As :meth:`_add_shifted`, if all rows are finite, else of some rows before the first that is not; how many."""
-        if first_row_not_finite(rows) is not None:
-            return torch.zeros_like(self.mean), 0
-        return self._add_shifted(rows, shift, workspace), len(rows)
-
     @abstractmethod
     def _add_sparse_product(self, rows: Tensor) -> None:
         """Add ``rowsᵀ rows`` of a CSR matrix in float64."""
@@ -79,23 +78,30 @@ class Moments(ABC):
     def _eigen(self) -> Spectrum:
         """The spectrum, not yet cleared of what rounding adds."""
 
-    def add_(self, rows: Tensor, workspace: Tensor) -> int:
-        """Add a block of dense rows; ``workspace``, of their shape and dtype, may be ``rows`` and is overwritten.
+    def add_(self, rows: Tensor, workspace: Tensor) -> None:
+        """Add finite dense rows; ``workspace``, of their shape and dtype, may be ``rows`` and is overwritten."""
+        shift = _point_among(rows)
+        self._settle(rows.dtype, len(rows), shift, self._add_shifted(rows, shift, workspace))
 
-        Returns how many were added: all, or, if one of them holds NaN or Inf, some of those before it.
+    def add_finite_(self, rows: Tensor, workspace: Tensor) -> int:
+        """As :meth:`add_`, of rows that may not be finite; returns how many were added.
+
+        All, or, if one of them holds NaN or Inf, some of those before it.
         """
-        # Any point will do that is not many standard deviations from the mean: what it is beside the mean is taken out.
-        shift = rows[:: max(1, len(rows) // _SHIFT_ROWS)].mean(dim=0)
-        # One that is not finite would spoil rows that are.
-        if not bool(torch.isfinite(shift).all()) and first_row_not_finite(rows) is not None:
+        if first_row_not_finite(rows) is not None:
             return 0
-        total, added = self._add_finite(rows, shift, workspace)
-        if added:
-            rest = total / added
-            self._add_outer(rest, -added)
-            self._count(added, shift.double() + rest)
-            self.resolution = max(self.resolution, torch.finfo(rows.dtype).eps)
-        return added
+        self.add_(rows, workspace)
+        return len(rows)
+
+    def _settle(self, dtype: torch.dtype, count: int, shift: Tensor, total: Tensor) -> None:
+        """Count rows whose scatter about ``shift`` has been added; ``total``: the sum of what they are beside it.
+
+        What the shift is beside the mean is taken out.
+        """
+        rest = total / count
+        self._add_outer(rest, -count)
+        self._count(count, shift.double() + rest)
+        self.resolution = max(self.resolution, torch.finfo(dtype).eps)
 
     def add_sparse_(self, rows: Tensor) -> None:
         """Add a block of CSR rows. In float64 throughout, because zeros cannot be shifted by a mean."""
@@ -184,12 +190,21 @@ class Scatter(Moments):
         """The scatter; of ``image``, only the upper triangle is kept up to date."""
         return self.image.triu() + self.image.triu(1).T
 
-    def _add_finite(self, rows: Tensor, shift: Tensor, workspace: Tensor) -> tuple[Tensor, int]:
-        scatter = scatter_kernel(rows)
+    def add_finite_(self, rows: Tensor, workspace: Tensor) -> int:
+        scatter, shift = scatter_kernel(rows), _point_among(rows)
+        # A point that is not finite would spoil rows that are.
+        if scatter is None or not bool(torch.isfinite(shift).all()):
+            return super().add_finite_(rows, workspace)
         # The kernel sees what is not finite while it packs the rows, which saves a pass over them.
-        return super()._add_finite(rows, shift, workspace) if scatter is None else scatter(rows, shift, self.image)
+        total, added = scatter(rows, shift, self.image)
+        if added:
+            self._settle(rows.dtype, added, shift, total)
+        return added
 
     def _add_shifted(self, rows: Tensor, shift: Tensor, workspace: Tensor) -> Tensor:
+        scatter = scatter_kernel(rows)
+        if scatter is not None:
+            return scatter(rows, shift, self.image)[0]
         rows = torch.sub(rows, shift, out=workspace)
         for part in rows.split(_SUM_ROWS):
             self._add_triangle(part)

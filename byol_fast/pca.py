@@ -151,7 +151,7 @@ class StreamingPCA:
         if self._pending.numel() == 0:
             self._pending = self._pending.new_empty(self._block_rows, self.n_features)
         if self._pending_rows == 0 and self._is_ready(block):
-            added = self._moments.add_(block, self._pending)
+            added = self._moments.add_finite_(block, self._pending)
             block, start = block[added:], start + added
         self._check_finite(block, start)
         while len(block):

@@ -116,9 +116,9 @@ def launches(dtype: str, rank: int) -> dict[str, Launched]:
     return recorded
 
 
-def _operations(dtype: torch.dtype, rank: int) -> dict[str, Operation]:
+def _operations(dtype: torch.dtype, rank: int, rows: int = 4096, features: int = 1024) -> dict[str, Operation]:
     """The operations as they take most registers; of each, the kernels that are not those of one before it."""
-    x, weights, code, scale = _tensors(dtype, rank)
+    x, weights, code, scale = _tensors(dtype, rank, rows, features)
     tied = weights._replace(decoder=None)
     encoder, decoder, _, bias = weights
     return {
@@ -216,23 +216,14 @@ def _variations(dtype: torch.dtype, rank: int) -> dict[str, Operation]:
 
 def _ragged(dtype: torch.dtype, rank: int) -> dict[str, Operation]:
     """Sizes and strides that 16 divides not: the compiler can join no loads, and every edge is masked."""
-    x, weights, code, scale = _tensors(dtype, rank - 3, 4095, 1023)
-    encoder, decoder, _, bias = weights
-    return {
-        "step_ragged": (
-            ("prepare", "encode", "collect", "finish"),
-            lambda: launch.step(x, None, *weights, "gelu", True, False),
-        ),
-        "layer_ragged": (("forward",), lambda: launch.forward(x, *weights, "gelu", True, True)),
-        "layer_backward_ragged": (
-            ("backward",),
-            lambda: launch.backward(x, x, encoder, decoder, code, "gelu", True, True, True),
-        ),
-        "data_ragged": (
-            ("data_gradients",),
-            lambda: launch.data_gradients(x, None, encoder, decoder, bias, code, code, scale, (True, False)),
-        ),
+    operations = _operations(dtype, rank - 3, 4095, 1023)
+    wanted = {
+        "step": ("prepare", "encode", "collect", "finish"),
+        "layer": ("forward",),
+        "layer_backward": ("backward",),
+        "data": ("data_gradients",),
     }
+    return {f"{name}_ragged": (kernels, operations[name][1]) for name, kernels in wanted.items()}
 
 
 def _tensors(

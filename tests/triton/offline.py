@@ -57,8 +57,9 @@ class Build:
         """Instructions of the matrix unit of which it has to use one; none: float32 may not be rounded."""
         operation, kernel = self.kernel.split(".")
         if kernel == "prepare":
-            # float64: AMD's is of another name, Triton 3.6 has none for sm_100, and so small a product needs none.
-            return () if self.architecture in (AMD, "sm_100") else ("DMMA",)
+            # float64: AMD's is of another name, and of no concern; Triton 3.6 has none for sm_100.
+            old = self.architecture == "sm_100" and triton.__version__.startswith("3.6.")
+            return () if self.architecture == AMD or old else ("DMMA",)
         if self.dtype == "fp32" or operation.startswith("squared_error") or kernel not in WIDE_KERNELS:
             return ()
         wide = WIDE[self.architecture]
