@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, distributed
 
 from .backends import scatter_kernel
+from .eigen import leading_eigenpairs
 from .rows import first_row_not_finite
 
 __all__ = ["Moments", "Scatter", "Sketch", "Spectrum"]
@@ -75,8 +76,8 @@ class Moments(ABC):
         """Add ``weight · vector vectorᵀ``."""
 
     @abstractmethod
-    def _eigen(self) -> Spectrum:
-        """The spectrum, not yet cleared of what rounding adds."""
+    def _eigen(self, rank: int | None) -> Spectrum:
+        """The spectrum, not yet cleared of what rounding adds; of it, the leading ``rank`` pairs are enough."""
 
     def add_(self, rows: Tensor, workspace: Tensor) -> None:
         """Add finite dense rows; ``workspace``, of their shape and dtype, may be ``rows`` and is overwritten."""
@@ -148,13 +149,13 @@ class Moments(ABC):
         other.merge_(self)
         return other
 
-    def spectrum(self, centered: bool = True) -> Spectrum:
-        """Eigenvalues and axes of the scatter, or, not centred, of ``Σ x xᵀ``."""
+    def spectrum(self, centered: bool = True, rank: int | None = None) -> Spectrum:
+        """Eigenvalues and axes of the scatter, or, not centred, of ``Σ x xᵀ``: all, or at least the first ``rank``."""
         moments, freedom = self, self.count - 1
         if not centered:
             moments, freedom = self.copy(), self.count
             moments._add_outer(self.mean, self.count)
-        values, axes, total = moments._eigen()
+        values, axes, total = moments._eigen(rank)
         values = values.clamp(min=0)
         # n rows span n directions at most, n − 1 about their mean; what exceeds that is rounding.
         values[freedom:] = 0
@@ -226,9 +227,13 @@ class Scatter(Moments):
     def _add_outer(self, vector: Tensor, weight: float) -> None:
         self.image.addr_(vector, vector, alpha=weight)
 
-    def _eigen(self) -> Spectrum:
+    def _eigen(self, rank: int | None) -> Spectrum:
+        total = float(self.image.trace())
+        leading = None if rank is None else leading_eigenpairs(self.matrix(), rank)
+        if leading is not None:
+            return Spectrum(*leading, total)
         values, axes = torch.linalg.eigh(self.image, UPLO="U")
-        return Spectrum(values.flip(0), axes.flip(1), float(self.image.trace()))
+        return Spectrum(values.flip(0), axes.flip(1), total)
 
 
 class Sketch(Moments):
@@ -272,7 +277,7 @@ class Sketch(Moments):
         self.image.addr_(vector, self.test.T @ vector, alpha=weight)
         self.energy += weight * vector.square().sum()
 
-    def _eigen(self) -> Spectrum:
+    def _eigen(self, rank: int | None) -> Spectrum:
         shift = self.resolution * torch.linalg.matrix_norm(self.image).clamp(min=torch.finfo(torch.float64).tiny)
         image = self.image + shift * self.test
         core = self.test.T @ image

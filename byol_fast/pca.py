@@ -57,7 +57,8 @@ class StreamingPCA:
 
     Args:
         n_features: size D of a row.
-        rank: components to compute, from 1 to D; the default of every method with a ``rank``. None means D.
+        rank: components to compute, from 1 to D; the default of every method with a ``rank``. None means D. Where few
+            of many are declared, they are found without the others, which then cost extra.
         method: ``"covariance"``, ``"randomized"`` (needs a rank), or ``"auto"``: randomized if a rank is given,
             D > 4096 and it takes fewer operations.
         oversampling: additional random directions.
@@ -95,7 +96,7 @@ class StreamingPCA:
         self._pending_rows = 0
         # What follows from the rows seen so far, once it has been asked for.
         self._settled_moments: Moments | None = None
-        self._spectra: dict[bool, Spectrum] = {}
+        self._spectra: dict[tuple[bool, int | None], Spectrum] = {}
 
     def explain(self) -> Route:
         """Which route is taken, and why."""
@@ -289,11 +290,21 @@ class StreamingPCA:
         Raises:
             RuntimeError: no rows have been seen.
         """
+        return self._spectrum(centered, None)
+
+    def _leading(self, rank: SupportsIndex | None = None, centered: bool = True) -> Spectrum:
+        """The first ``rank`` of the spectrum, without the others where ``self.rank`` told that they are not wanted."""
+        rank = self._rank(rank)
+        few = self.rank is not None and rank <= self.rank and self._route.method == "covariance"
+        values, axes, total = self._spectrum(centered, self.rank if few else None)
+        return Spectrum(values[:rank], axes[:, :rank], total)
+
+    def _spectrum(self, centered: bool, rank: int | None) -> Spectrum:
         if self.n_samples_seen_ == 0:
             raise RuntimeError("no rows seen yet: call partial_fit first")
-        if centered not in self._spectra:
-            self._spectra[centered] = self._settled().spectrum(centered)
-        return self._spectra[centered]
+        if (centered, rank) not in self._spectra:
+            self._spectra[centered, rank] = self._settled().spectrum(centered, rank)
+        return self._spectra[centered, rank]
 
     def _rank(self, rank: SupportsIndex | None) -> int:
         limit = self._moments.image.shape[1]
@@ -314,18 +325,18 @@ class StreamingPCA:
     @property
     def explained_variance_(self) -> Tensor:
         """Variance along each component, descending, with n − 1 degrees of freedom."""
-        return self.spectrum().values[: self._rank(None)] / max(self.n_samples_seen_ - 1, 1)
+        return self._leading().values / max(self.n_samples_seen_ - 1, 1)
 
     @property
     def explained_variance_ratio_(self) -> Tensor:
         """Share of the total variance along each component."""
-        values, _, total = self.spectrum()
-        return values[: self._rank(None)] / (total or 1.0)
+        values, _, total = self._leading()
+        return values / (total or 1.0)
 
     @property
     def singular_values_(self) -> Tensor:
         """Singular values of the centred rows."""
-        return self.spectrum().values[: self._rank(None)].sqrt()
+        return self._leading().values.sqrt()
 
     @property
     def covariance_(self) -> Tensor:
@@ -344,7 +355,7 @@ class StreamingPCA:
 
         ``centered=False`` gives those of ``Σ x xᵀ``, which a bottleneck without biases needs.
         """
-        axes = self.spectrum(centered).axes[:, : self._rank(rank)].T
+        axes = self._leading(rank, centered).axes.T
         return axes * fixed_signs(axes)[:, None]
 
     def curve(self, *, centered: bool = True) -> YieldCurve:

@@ -46,8 +46,10 @@ def has_certificate(module: Bottleneck) -> bool:
 
 
 def _nothing_read(module: Bottleneck) -> StreamingPCA:
-    features = module.in_features
-    return StreamingPCA(features, rank=min(module.rank, features), device=module.encoder.weight.device)
+    features, device = module.in_features, module.encoder.weight.device
+    pca = StreamingPCA(features, rank=min(module.rank, features), device=device)
+    # A certificate needs the eigenvalues that are left, too.
+    return StreamingPCA(features, device=device) if _has_covariance(pca) else pca
 
 
 def _has_covariance(pca: StreamingPCA) -> bool:
