@@ -19,12 +19,15 @@ _SLOW = 5.0
 # torch.pca_lowrank from cheap to dear; the first that is as good as the others counts.
 _LOWRANK = [(64, 2), (80, 2), (80, 4), (96, 4), (96, 8), (128, 8)]
 ALLOWED = 1.0005
+# Of Adam; epochs between two rounds of fits.
+_BATCH, _RATE, _EPOCHS = 512, 1e-3, 5
 
 
 def compare(rows: Tensor, rank: int, rounds: int, adam_seconds: float) -> dict[str, Any]:
-    """Seconds of each fit, interleaved, and its loss / the Eckart-Young loss; then Adam's way to 1.01."""
+    """Seconds of each fit, interleaved with Adam's epochs on its way to 1.01, and its loss / the Eckart-Young loss."""
     best, judge = _judge(rows, rank)
     fits = _fits(rows, rank, judge)
+    adam = _Adam(rows, rank, best)
     seconds: dict[str, list[float]] = {name: [] for name in fits}
     losses: dict[str, float] = {}
     for number in range(rounds + 1):
@@ -36,12 +39,14 @@ def compare(rows: Tensor, rank: int, rounds: int, adam_seconds: float) -> dict[s
             mean, components = fit()
             seconds[name].append(time.perf_counter() - begin)
             losses[name] = judge(mean, components)
+        adam.train(_EPOCHS, adam_seconds)
+    while not adam.reached and adam.seconds < adam_seconds:
+        adam.train(1, adam_seconds)
     table = {
         name: {"seconds": float(np.median(times[1:] or times)), "rounds": len(times[1:] or times), "loss": losses[name]}
         for name, times in seconds.items()
     }
-    adam = _adam(rows, rank, best, adam_seconds)
-    return {"rows": list(rows.shape), "rank": rank, "best_loss": best, "fits": table, "adam": adam}
+    return {"rows": list(rows.shape), "rank": rank, "best_loss": best, "fits": table, "adam": adam.summary()}
 
 
 def _judge(rows: Tensor, rank: int) -> tuple[float, Callable[[Tensor, Tensor], float]]:
@@ -92,24 +97,42 @@ def _fits(rows: Tensor, rank: int, judge: Callable[[Tensor, Tensor], float]) -> 
     }
 
 
-def _adam(rows: Tensor, rank: int, best: float, limit: float) -> dict[str, Any]:
-    """Seconds of steps until the loss of all rows is 1.01 × the best; the loss is looked at once an epoch, untimed."""
-    torch.manual_seed(0)
-    features = rows.shape[1]
-    model = nn.Sequential(nn.Linear(features, rank), nn.Linear(rank, features))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    seconds, epochs, ratio = 0.0, 0, float("inf")
-    while ratio > 1.01 and seconds < limit:
-        begin = time.perf_counter()
-        for indices in torch.randperm(len(rows)).split(512):
-            batch = rows[indices]
-            loss = nn.functional.mse_loss(model(batch), batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        seconds += time.perf_counter() - begin
-        epochs += 1
-        with torch.no_grad():
-            ratio = sum(float((model(part) - part).double().square().sum()) for part in rows.split(8192))
-            ratio /= rows.numel() * best
-    return {"seconds": seconds, "epochs": epochs, "batch": 512, "lr": 1e-3, "loss": ratio, "reached": ratio <= 1.01}
+class _Adam:
+    """Training until the loss of all rows is 1.01 × the best; the loss is looked at once an epoch, untimed."""
+
+    def __init__(self, rows: Tensor, rank: int, best: float) -> None:
+        torch.manual_seed(0)
+        self.generator = torch.Generator().manual_seed(0)
+        self.rows, self.best = rows, best
+        self.model = nn.Sequential(nn.Linear(rows.shape[1], rank), nn.Linear(rank, rows.shape[1]))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=_RATE)
+        self.seconds, self.epochs, self.loss = 0.0, 0, float("inf")
+
+    @property
+    def reached(self) -> bool:
+        return self.loss <= 1.01
+
+    def train(self, epochs: int, limit: float) -> None:
+        """So many epochs more, or fewer if that is enough or has taken this many seconds in all."""
+        for _ in range(epochs):
+            if self.reached or self.seconds >= limit:
+                return
+            begin = time.perf_counter()
+            for indices in torch.randperm(len(self.rows), generator=self.generator).split(_BATCH):
+                batch = self.rows[indices]
+                loss = nn.functional.mse_loss(self.model(batch), batch)
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+            self.seconds += time.perf_counter() - begin
+            self.epochs += 1
+            self.loss = self._loss_of_all() / self.best
+
+    @torch.no_grad()
+    def _loss_of_all(self) -> float:
+        total = sum(float((self.model(part) - part).double().square().sum()) for part in self.rows.split(8192))
+        return total / self.rows.numel()
+
+    def summary(self) -> dict[str, Any]:
+        run = {"seconds": self.seconds, "epochs": self.epochs, "batch": _BATCH, "lr": _RATE}
+        return {**run, "loss": self.loss, "reached": self.reached}
