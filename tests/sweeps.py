@@ -49,3 +49,27 @@ def same_bits(function: Callable[..., Tensor], operands: Operands, times: int, *
     for _ in range(times - 1):
         again = results(function, operands, **options)
         assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def step_with_code_means(dtype: torch.dtype, tied: bool, centred_data: bool, spread: float) -> None:
+    """Codes whose mean is 4 / ``spread`` times their standard deviation, and residuals that have none.
+
+    The terms of the Gram form of dWd then grow with the number of rows, and dWd only with its root.
+    """
+    rows, features, rank = 9001, 150, 13
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64)
+
+    encoder = spread * normal(rank, features) / features**0.5
+    decoder = encoder.T if tied else normal(features, rank) / rank**0.5
+    mean = torch.zeros(features, dtype=torch.float64) if centred_data else 4 * normal(features)
+    encoder_bias = 4 * normal(rank) if centred_data else torch.zeros(rank, dtype=torch.float64)
+    operands = Operands(
+        input=normal(rows, features) + mean,
+        encoder_weight=encoder,
+        decoder_weight=None if tied else decoder,
+        encoder_bias=encoder_bias,
+        decoder_bias=mean - decoder @ (encoder @ mean + encoder_bias),
+    )
+    check_step(operands.map(lambda tensor: tensor.to(dtype)), reduction="sum")

@@ -26,6 +26,7 @@ from sweeps import (
     step_of_shape,
     step_with_a_target_at_ratio,
     step_with_activation,
+    step_with_code_means,
 )
 
 import byol_fast as bf
@@ -61,6 +62,23 @@ def test_contract_over_activations(
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_contract_over_activations_and_dtypes(backend: str, activation: str, dtype: torch.dtype) -> None:
     step_with_activation(activation, dtype)
+
+
+# In float64, a tied bottleneck's encoder bias gradient is all that is left of numbers 1e5 times as large.
+WITH_MEANS = [
+    *((dtype, 1.0, tied) for dtype in DTYPES for tied in (False, True) if not (tied and dtype == torch.float64)),
+    *((torch.float32, 0.1, tied) for tied in (False, True)),
+]
+
+
+@pytest.mark.parametrize("centred_data", [True, False], ids=["centred-data", "mean-data"])
+@pytest.mark.parametrize(("dtype", "spread", "tied"), WITH_MEANS, ids=str)
+@pytest.mark.parametrize("name", [name for name in ("native", "gram") if bf.backends()[name].available])
+def test_codes_with_a_mean_cost_no_digits(
+    name: str, dtype: torch.dtype, spread: float, tied: bool, centred_data: bool
+) -> None:
+    with bf.use_backend(name):
+        step_with_code_means(dtype, tied, centred_data, spread)
 
 
 # The last is long enough for several row tiles, threads and accumulators.

@@ -36,8 +36,7 @@ Panels<double> gram_matrix(int64_t rows, int64_t K, int most_threads, Buffer<dou
   for (int i = 1; i < threads; ++i)
     for (int64_t j = 0; j < size; ++j) data[j] += data[i * size + j];
   const Panels<double> products = Panels<double>::over(data, K, K);
-  for (int64_t j = 0; j < K; ++j)
-    for (int64_t k = 0; k < j; ++k) *products.at(j, k) = *products.at(k, j);
+  mirror(products, K);
   return products;
 }
 

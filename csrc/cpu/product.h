@@ -91,8 +91,9 @@ struct Blocks {
   int64_t stride() const { return cols * kTileRows; }  // from one block-row to the next
 };
 
-template <class T>
-Blocks<Acc<T>> pack_blocks(const View<T>& source, Acc<T>* data) {
+// Calls visit(row, col) after each block, by its first row and column.
+template <class T, class Visit>
+Blocks<Acc<T>> pack_blocks(const View<T>& source, Acc<T>* data, const Visit& visit) {
   using S = Acc<T>;
   constexpr int R = kTileRows;
   const Blocks<S> blocks{data, round_up(source.rows, R), round_up(source.cols, R)};
@@ -106,7 +107,13 @@ Blocks<Acc<T>> pack_blocks(const View<T>& source, Acc<T>* data) {
           const T* from = top + i * source.row_stride + col;
           // The rows of the next block-row: each is a stream of its own, too short for the hardware to foresee.
           __builtin_prefetch(from + R * source.row_stride);
-          for (int j = 0; j < R; ++j) out[i * R + j] = load(from[j]);
+          // In whole registers: what is copied too much is overwritten by what comes next.
+          constexpr int kSpan = (R + kLanes<S> - 1) / kLanes<S> * kLanes<S>;
+          if (sizeof(T) == sizeof(S) && col + kSpan <= source.cols) {
+            std::memcpy(out + i * R, from, kSpan * sizeof(S));
+          } else {
+            for (int j = 0; j < R; ++j) out[i * R + j] = load(from[j]);
+          }
         }
       } else {
         for (int i = 0; i < R; ++i)
@@ -115,9 +122,15 @@ Blocks<Acc<T>> pack_blocks(const View<T>& source, Acc<T>* data) {
                                  ? load(top[i * source.row_stride + (col + j) * source.col_stride])
                                  : S(0);
       }
+      visit(row, col);
     }
   }
   return blocks;
+}
+
+template <class T>
+Blocks<Acc<T>> pack_blocks(const View<T>& source, Acc<T>* data) {
+  return pack_blocks(source, data, [](int64_t, int64_t) {});
 }
 
 // Packed right operand: panels of kCols columns, rows padded to a multiple of kTileRows.
@@ -267,6 +280,13 @@ void multiply_symmetric(const Blocks<S>& a, const Panels<S>& b, const Panels<S>&
     for (int64_t col = 0; col < end; col += kTileRows)
       register_tile<S, true>(a.data + col * kTileRows, a.stride(), b.row(0, j), a.rows, c.row(col, j), kCols<S>, Into::add);
   }
+}
+
+// Below the diagonal, what is above it.
+template <class S>
+void mirror(const Panels<S>& matrix, int64_t size) {
+  for (int64_t j = 0; j < size; ++j)
+    for (int64_t k = 0; k < j; ++k) *matrix.at(j, k) = *matrix.at(k, j);
 }
 
 }  // namespace byol::BYOL_ISA

@@ -4,11 +4,14 @@
 //
 // Gram form, for each tile of rows:
 //   Q = T Wd − bd Wd,  E = Z G − Q with G = Wdᵀ Wd,  Σ R² = Σ A² + Σ Z ⊙ (E − Q),  dU = E ⊙ f′(U)
-//   dWe = dUᵀ X,  dWd = Wd (ZᵀZ) − TᵀZ + bd (Σz)ᵀ,  dbe = Σ dU,  dbd = Wd Σz − Σ a
-// When T is X, U and Q are one product X·[Weᵀ, Wd] and the weight gradients are one product Xᵀ·[Z, dU]; tied weights need
-// no second half: Q follows from U, and dWe + dWdᵀ = (dU − Z)ᵀX + (ZᵀZ) We + (Σz) bdᵀ.
+//   dWe = dUᵀ X,  dWd = RᵀZ,  dbe = Σ dU,  dbd = Σ r = Wd Σz − Σ a
+// RᵀZ would be Wd (ZᵀZ) − TᵀZ + bd (Σz)ᵀ. But where codes have a mean, these terms grow with the number of rows, and what is
+// left of them only with its root. So Z = Y + 1 mᵀ is split, m being near the mean code:
+//   dWd = RᵀY + (Σ r) mᵀ = Wd (YᵀY + m (Σy)ᵀ) − TᵀY + bd (Σy)ᵀ + (Σ r) mᵀ
+// When T is X, U and Q are one product X·[Weᵀ, Wd] and the weight gradients are one product Xᵀ·[Y, dU]; tied weights need
+// no second half: Q follows from U, and TᵀY and dUᵀX are one product Xᵀ·(dU − Y).
 //
-// Tiles whose Σ R² < τ Σ T² take the direct form (direct.h), for there the Gram form would cancel.
+// Tiles whose Σ R² < τ Σ T², or τ Σ A², take the direct form (direct.h), for there the Gram form would cancel.
 #pragma once
 
 #include "abi.h"
@@ -17,6 +20,7 @@
 #include "gram.h"
 #include "operands.h"
 #include "parallel_for.h"
+#include "statistics.h"
 #include "wide.h"
 
 namespace byol::BYOL_ISA {
@@ -26,8 +30,8 @@ namespace byol::BYOL_ISA {
 template <class T>
 constexpr double kDirectBelow = sizeof(T) == 8 ? 1e-3 : sizeof(T) == 4 ? 4e-3 : 0.0;
 
-// Columns of T of which one pass makes all statistics, while they are in the first-level cache.
-constexpr int64_t kStatisticsCols = 1024;
+// One of so many rows tells where the codes are centred; a thread that has less than half a block of these does without.
+constexpr int64_t kSampled = 128;
 
 template <class T>
 class Step {
@@ -68,9 +72,10 @@ class Step {
     Left<T> input, target;                                      // packed tiles of X and T
     Right<T> values, target_values;                             // V, the right operands of Xᵀ·V and Tᵀ·V
     Buffer<S> product, target_product, code, slope, error, code_blocks, code_panels;
-    Buffer<S> input_sums, target_sums, code_products;           // Xᵀ·V, Tᵀ·V, ZᵀZ
-    Buffer<double> code_sum, slope_sum, target_sum;             // Σz, Σ dU, Σa
-    Buffer<S> tile_sum;                                         // Σa of one tile
+    Buffer<S> input_sums, target_sums, code_products;           // Xᵀ·V, Tᵀ·V, YᵀY
+    Buffer<S> centre;                                           // m
+    Buffer<double> code_sum, centred_sum, slope_sum;            // Σz, Σy, Σ dU
+    Statistics<T> statistics;                                   // Σ A² of a tile, Σa
     Buffer<double> tile_code_sum, lost;                         // Σz of one tile, and its mean times G's rounding
     Direct<T> direct;                                           // of tiles where the Gram form would cancel
   };
@@ -88,7 +93,6 @@ class Step {
   void prepare() {
     load_bias<T>(args.encoder_bias, K, encoder_bias);
     load_bias<T>(args.decoder_bias, args.out_features, decoder_bias);
-    zeros.allocate_zeros(kStatisticsCols);
     const View<T> encoder = encoder_view<T>(args), decoder = decoder_view<T>(args);
     pack_encoder(encoder, decoder);
     if (separate) {
@@ -143,6 +147,8 @@ class Step {
     const int64_t first = share(args.rows, thread, threads), last = share(args.rows, thread + 1, threads);
     const int64_t height = tile_rows(last - first, max(args.in_features, args.out_features));
     allocate(w, height);
+    const int64_t count = last - first, samples = min(round_up(count / kSampled, kTileRows), height);
+    if (wants_code && count >= kSampled / 2 * kTileRows) choose_centre(w, first, count, samples);
     for (int64_t row = first; row < last; row += height) {
       const int64_t rows = min(height, last - row);
       run_tile(w, {row, rows, round_up(rows, kTileRows)});
@@ -150,7 +156,7 @@ class Step {
   }
 
   int64_t code_stride() const { return round_up(K, kCols<S>); }
-  // V for the input: the columns of Z (unless tied or separate), then those of dU, as far as they are wanted.
+  // V for the input: the columns of Y (unless tied or separate), then those of dU, as far as they are wanted.
   int64_t slope_column() const { return joint && wants_code ? K : 0; }
   int64_t input_width() const {
     const int64_t codes = joint && wants_code ? K : 0;
@@ -179,38 +185,61 @@ class Step {
       w.target_values.allocate(height, K);
       w.target_sums.allocate_zeros(Panels<S>::size(args.out_features, K));
     }
-    if (wants_code) w.code_products.allocate_zeros(Panels<S>::size(K, K));
+    if (wants_code) {
+      w.code_products.allocate_zeros(Panels<S>::size(K, K));
+      w.centre.allocate_zeros(K);
+      w.centred_sum.allocate_zeros(K);
+    }
+    w.statistics.allocate(decoder_bias, args.out_features);
     w.code_sum.allocate_zeros(K);
     w.tile_code_sum.allocate(K);
     w.lost.allocate(K);
     w.slope_sum.allocate_zeros(K);
-    if (args.d_decoder_bias) {
-      w.target_sum.allocate_zeros(args.out_features);
-      w.tile_sum.allocate(args.out_features);
+  }
+
+  // m: the mean code of a few rows from all over a thread's share.
+  void choose_centre(Worker& w, int64_t first, int64_t count, int64_t samples) const {
+    View<T> rows = input_view<T>(args).slice(first, samples);
+    rows.row_stride *= count / samples;
+    w.input.pack(rows, [](int64_t, int64_t) {});
+    multiply_input(w, samples);
+    for (int64_t r = 0; r < samples; ++r) {
+      activate<S>(args.activation, w.product + r * input_weights.padded_cols(), w.code, nullptr, K);
+      for (int64_t k = 0; k < K; ++k) w.centre[k] += w.code[k] / S(samples);
     }
   }
 
   // --------------------------------------------------------------------------------------------- once per tile
 
   void run_tile(Worker& w, const Tile& tile) {
-    w.input.pack(input_view<T>(args).slice(tile.first, tile.rows));
-    fill_rows<S>(w.product, input_weights.padded_cols(), tile.padded, product_start, input_weights.padded_cols());
-    w.input.multiply(input_weights, w.product);
+    const View<T> inputs = input_view<T>(args).slice(tile.first, tile.rows);
+    const View<T> targets = target_view().slice(tile.first, tile.rows);
+    const auto measure = [&](int64_t row, int64_t col) { w.statistics.add(targets, row, col); };
+    w.statistics.begin_tile();
     if (separate) {
-      w.target.pack(target_view().slice(tile.first, tile.rows));
+      w.input.pack(inputs, [](int64_t, int64_t) {});
+      w.target.pack(targets, measure);
       std::memset(w.target_product, 0, tile.padded * target_weights.padded_cols() * sizeof(S));
       w.target.multiply(target_weights, w.target_product);
+    } else {
+      w.input.pack(inputs, measure);
     }
+    multiply_input(w, tile.padded);
     encode(w, tile);
     const Blocks<S> code = pack_blocks<S>({w.code, code_stride(), 1, tile.padded, K}, w.code_blocks);
     multiply(code, gram, w.error, code_stride());
     const bool direct = !gram_loss(w, tile);
     if (direct) {
-      const View<T> targets = target_view().slice(tile.first, tile.rows);
       w.total += w.direct.run(args, decoder_bias, targets, code, code_panels(w, tile), wants_code, w.error, code_stride());
     }
     if (wants_slope) finish_slope(w, tile);
-    accumulate(w, tile, code, direct);
+    accumulate(w, tile, direct);
+  }
+
+  void multiply_input(Worker& w, int64_t rows) const {
+    const int64_t width = input_weights.padded_cols();
+    fill_rows<S>(w.product, width, rows, product_start, width);
+    w.input.multiply(input_weights, w.product);
   }
 
   // Z = f(U) and f′(U); the padding rows of Z are zero.
@@ -227,7 +256,7 @@ class Step {
   bool gram_loss(Worker& w, const Tile& tile) {
     const S* products = separate ? w.target_product : w.product + (joint ? K : 0);
     const int64_t stride = separate ? target_weights.padded_cols() : input_weights.padded_cols();
-    const Energy energy = target_statistics(w, tile);
+    const auto energy = w.statistics.energy(tile.rows);
     sum_codes(w, tile);
     double cross = 0;
     for (int64_t r = 0; r < tile.rows; ++r) {
@@ -243,8 +272,8 @@ class Step {
       cross += row_cross;
     }
     const double squared_error = energy.centred + cross;
-    // Q and TᵀZ are made of T, so it is T's energy, biases and all, that the residual must not be too small a part of.
-    const bool cancels = squared_error < kDirectBelow<T> * energy.raw;
+    // Q and TᵀZ are made of T, biases and all, Σ R² of A: of neither may the residual be too small a part.
+    const bool cancels = squared_error < kDirectBelow<T> * (energy.raw > energy.centred ? energy.raw : energy.centred);
     if (args.form == Form::direct || (args.form == Form::automatic && cancels)) return false;
     w.total += squared_error;
     return true;
@@ -259,52 +288,6 @@ class Step {
       const double mean = w.tile_code_sum[j] / double(tile.rows);
       for (int64_t k = 0; k < K; ++k) w.lost[k] += mean * gram_low[j * K + k];
     }
-  }
-
-  // Σ (t − bd)² and Σ t².
-  struct Energy {
-    double centred = 0, raw = 0;
-  };
-
-  // The energies of the tile; leaves its Σ (t − bd) in w.tile_sum.
-  Energy target_statistics(Worker& w, const Tile& tile) const {
-    const View<T> targets = target_view();
-    Energy energy;
-    if (args.d_decoder_bias) std::memset(w.tile_sum, 0, args.out_features * sizeof(S));
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const T* t = targets.row(tile.first + r);
-      for (int64_t begin = 0; begin < args.out_features; begin += kStatisticsCols) {
-        const int64_t count = min(kStatisticsCols, args.out_features - begin);
-        energy.centred += energy_around(t + begin, decoder_bias + begin, count);
-        if (args.decoder_bias) energy.raw += energy_around(t + begin, zeros, count);
-        if (args.d_decoder_bias) add_to(w.tile_sum + begin, t + begin, decoder_bias + begin, count);
-      }
-    }
-    if (!args.decoder_bias) energy.raw = energy.centred;
-    return energy;
-  }
-
-  static double energy_around(const T* t, const S* bias, int64_t count) {
-    constexpr int kSums = 64;
-    S sums[kSums] = {};
-    int64_t i = 0;
-    for (; i + kSums <= count; i += kSums)
-      for (int j = 0; j < kSums; ++j) {
-        const S a = load(t[i + j]) - bias[i + j];
-        sums[j] += a * a;
-      }
-    for (int j = 0; i < count; ++i, ++j) {
-      const S a = load(t[i]) - bias[i];
-      sums[j] += a * a;
-    }
-    double total = 0;
-    for (S sum : sums) total += double(sum);
-    return total;
-  }
-
-  static void add_to(S* sum, const T* t, const S* bias, int64_t count) {
-#pragma GCC ivdep
-    for (int64_t j = 0; j < count; ++j) sum[j] += load(t[j]) - bias[j];
   }
 
   // dU = E ⊙ f′(U), in the place of f′(U).
@@ -326,13 +309,25 @@ class Step {
     return panels;
   }
 
+  // Y, in the place of Z.
+  void centre_codes(Worker& w, const Tile& tile) const {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      S* code = w.code + r * code_stride();
+      for (int64_t k = 0; k < K; ++k) code[k] -= w.centre[k];
+      for (int64_t k = 0; k < K; ++k) w.centred_sum[k] += double(code[k]);
+    }
+  }
+
   // The sums over rows. A direct tile has already given the decoder's share, as RᵀZ and Σ R.
-  void accumulate(Worker& w, const Tile& tile, const Blocks<S>& code, bool direct) {
+  void accumulate(Worker& w, const Tile& tile, bool direct) {
     if (!direct) {
-      if (wants_code) multiply_transposed(code, code_panels(w, tile), Panels<S>::over(w.code_products, K, K));
       for (int64_t k = 0; k < K; ++k) w.code_sum[k] += w.tile_code_sum[k];
-      if (args.d_decoder_bias)
-        for (int64_t j = 0; j < args.out_features; ++j) w.target_sum[j] += double(w.tile_sum[j]);
+      w.statistics.keep_tile();
+      if (wants_code) {
+        centre_codes(w, tile);
+        const Blocks<S> codes = pack_blocks<S>({w.code, code_stride(), 1, tile.padded, K}, w.code_blocks);
+        multiply_symmetric(codes, code_panels(w, tile), Panels<S>::over(w.code_products, K, K));
+      }
       if (separate && wants_code) {
         w.target_values.shape(tile.rows, K);
         w.target_values.put(View<S>{w.code, code_stride(), 1, tile.rows, K});
@@ -345,7 +340,7 @@ class Step {
     w.input.multiply_transposed(w.values, Panels<S>::over(w.input_sums, args.in_features, input_width()));
   }
 
-  // V = [Z, dU]; tied: dU − Z. In a direct tile Z counts as zero.
+  // V = [Y, dU]; tied: dU − Y. In a direct tile Y counts as zero.
   void fill_values(Worker& w, const Tile& tile, bool direct) {
     w.values.shape(tile.rows, input_width());
     const View<S> code{w.code, code_stride(), 1, tile.rows, K}, slope{w.slope, code_stride(), 1, tile.rows, K};
@@ -371,14 +366,22 @@ class Step {
   void finish(Worker* workers) {
     for (int i = 1; i < threads; ++i) {
       add(workers[0].code_products, workers[i].code_products, Panels<S>::size(K, K));
-      add(workers[0].code_sum, workers[i].code_sum, K);
       add(workers[0].slope_sum, workers[i].slope_sum, K);
-      add(workers[0].target_sum, workers[i].target_sum, args.out_features);
     }
     if (args.d_encoder_bias)
       for (int64_t k = 0; k < K; ++k) static_cast<S*>(args.d_encoder_bias)[k] = S(workers[0].slope_sum[k]);
-    if (args.d_decoder_bias) finish_decoder_bias(workers);
+    if (wants_code) finish_code_products(workers);
     parallel_for(threads, [&](int thread) { finish_weights(workers, thread); });
+  }
+
+  // YᵀY + m (Σy)ᵀ, each thread having its own m.
+  void finish_code_products(Worker* workers) {
+    const Panels<S> products = Panels<S>::over(workers[0].code_products, K, K);
+    mirror(products, K);
+    for (int i = 0; i < threads; ++i)
+      for (int64_t j = 0; j < K; ++j)
+        for (int64_t k = 0; k < K; ++k)
+          *products.at(j, k) += S(double(workers[i].centre[j]) * workers[i].centred_sum[k]);
   }
 
   template <class N>
@@ -387,40 +390,55 @@ class Step {
     for (int64_t i = 0; i < count; ++i) sum[i] += term[i];
   }
 
-  void finish_decoder_bias(Worker* workers) {
-    const View<T> decoder = decoder_view<T>(args);
-    for (int64_t d = 0; d < args.out_features; ++d) {
-      double sum = -workers[0].target_sum[d];
-      for (int64_t k = 0; k < K; ++k)
-        sum += double(load(decoder.data[d * decoder.row_stride + k * decoder.col_stride])) * workers[0].code_sum[k];
-      for (int i = 0; i < threads; ++i)
-        sum += workers[i].direct.residual_sum(d);
-      static_cast<S*>(args.d_decoder_bias)[d] = S(sum);
-    }
-  }
-
   void finish_weights(Worker* workers, int thread) {
     constexpr int64_t kRows = 8 * kTileRows;
     Buffer<S> gradient(kRows * code_stride()), block_data;
+    Buffer<double> residuals(kRows * threads);
     if (wants_code) block_data.allocate(Blocks<S>::size(kRows, K));
     const int64_t features = max(args.in_features, args.out_features), units = (features + kRows - 1) / kRows;
     for (int64_t unit = share(units, thread, threads); unit < share(units, thread + 1, threads); ++unit) {
-      const int64_t first = unit * kRows;
-      if (wants_code && first < args.out_features)
-        decoder_gradient(workers, first, min(kRows, args.out_features - first), block_data, gradient);
+      const int64_t first = unit * kRows, outputs = min(kRows, args.out_features - first);
+      if (outputs > 0 && (wants_code || args.d_decoder_bias)) sum_residuals(workers, first, outputs, residuals);
+      if (outputs > 0 && wants_code) decoder_gradient(workers, first, outputs, residuals, block_data, gradient);
       if (args.d_encoder_weight && first < args.in_features)
         encoder_gradient(workers, first, min(kRows, args.in_features - first), gradient);
     }
   }
 
-  // Rows first … first + count of dWd = Wd (ZᵀZ) − TᵀZ + bd (Σz)ᵀ + RᵀZ, into `gradient` and, untied, to the caller.
-  void decoder_gradient(Worker* workers, int64_t first, int64_t count, S* block_data, S* gradient) {
+  // Σ r = Wd Σz − Σ a of columns first … first + count, from each thread's Gram tiles; with those of direct tiles, dbd.
+  void sum_residuals(Worker* workers, int64_t first, int64_t count, double* residuals) {
+    const View<T> decoder = decoder_view<T>(args).slice(first, count);
+    for (int64_t d = 0; d < count; ++d) {
+      double total = 0;
+      for (int i = 0; i < threads; ++i) {
+        residuals[d * threads + i] = dot(decoder.row(d), decoder.col_stride, workers[i].code_sum) - workers[i].statistics.sum(first + d);
+        total += residuals[d * threads + i] + workers[i].direct.residual_sum(first + d);
+      }
+      if (args.d_decoder_bias) static_cast<S*>(args.d_decoder_bias)[first + d] = S(total);
+    }
+  }
+
+  double dot(const T* weight, int64_t stride, const double* sums) const {
+    constexpr int kSums = 8;
+    double parts[kSums] = {};
+    int64_t k = 0;
+    for (; k + kSums <= K; k += kSums)
+      for (int j = 0; j < kSums; ++j) parts[j] += double(load(weight[(k + j) * stride])) * sums[k + j];
+    for (int j = 0; k < K; ++k, ++j) parts[j] += double(load(weight[k * stride])) * sums[k];
+    double total = 0;
+    for (double part : parts) total += part;
+    return total;
+  }
+
+  // Rows first … first + count of dWd, into `gradient` and, untied, to the caller.
+  void decoder_gradient(Worker* workers, int64_t first, int64_t count, const double* residuals, S* block_data, S* gradient) {
     const Panels<S> code_products = Panels<S>::over(workers[0].code_products, K, K);
     multiply(pack_blocks(decoder_view<T>(args).slice(first, count), block_data), code_products, gradient, code_stride());
     for (int64_t d = 0; d < count; ++d) {
       S* row = gradient + d * code_stride();
-      for (int64_t k = 0; k < K; ++k) row[k] += decoder_bias[first + d] * S(workers[0].code_sum[k]);
       for (int i = 0; i < threads; ++i) {
+        const S bias = decoder_bias[first + d], residual = S(residuals[d * threads + i]);
+        for (int64_t k = 0; k < K; ++k) row[k] += bias * S(workers[i].centred_sum[k]) + residual * workers[i].centre[k];
         if (joint) add_row(row, K, workers[i].input_sums, args.in_features, input_width(), first + d, 0, S(-1));
         if (separate) add_row(row, K, workers[i].target_sums, args.out_features, K, first + d, 0, S(-1));
         add_row(row, K, workers[i].direct.code_sums(), args.out_features, K, first + d, 0, S(1));
@@ -447,7 +465,7 @@ class Step {
   const bool tied, separate, joint, wants_code, wants_slope;
   const int threads;
   const int64_t K;
-  Buffer<S> encoder_bias, decoder_bias, zeros, gram_data;
+  Buffer<S> encoder_bias, decoder_bias, gram_data;
   Buffer<S> product_start;                // what a row of X·[Weᵀ, Wd] begins with: [be, 0]
   Buffer<double> code_offset, gram_low;
   Right<T> input_weights, target_weights;

@@ -43,7 +43,11 @@ class Left {
 
  public:
   void allocate(int64_t rows, int64_t cols) { data_.allocate(Blocks<S>::size(rows, cols)); }
-  void pack(const View<T>& tile) { blocks_ = pack_blocks(tile, data_); }
+  // Calls visit(row, col) for each block.
+  template <class Visit>
+  void pack(const View<T>& tile, const Visit& visit) {
+    blocks_ = pack_blocks(tile, data_, visit);
+  }
   // out = T·W, row-major, begun with what out holds.
   void multiply(const Right<T>& weights, S* out) const {
     byol::BYOL_ISA::multiply(blocks_, weights.panels(), out, weights.padded_cols(), Into::begin);
@@ -136,7 +140,8 @@ class Left<bf16> {
     by_row_.allocate(Blocks<float>::size(rows, cols) / 2);
   }
 
-  void pack(const View<bf16>& tile) {
+  template <class Visit>
+  void pack(const View<bf16>& tile, const Visit& visit) {
     rows_ = round_up(tile.rows, R), cols_ = round_up(tile.cols, R);
     Pair *columns = by_column_, *rows = by_row_;
     bf16 block[R][R];
@@ -156,6 +161,7 @@ class Left<bf16> {
         std::memcpy(columns, block, sizeof block);
         for (int i = 0; i < R / 2; ++i)
           for (int j = 0; j < R; ++j) rows[i * R + j] = pair(block[2 * i][j], block[2 * i + 1][j]);
+        visit(row, col);
       }
   }
 
