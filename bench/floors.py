@@ -16,10 +16,10 @@ HEADER = """| dtype, N, D, K | wide products | small products | floor, ms | byol
 
 
 def row(case: dict, peak: dict[str, float]) -> str:
-    """One shape: 8·N·D·K operations in its dtype, 4·N·K² + 4·D·K² in float32, X read once."""
+    """One shape: 8·N·D·K operations in its dtype, 3·N·K² + 3·D·K² in float32, X read once."""
     rows, features, rank, dtype = case["rows"], case["features"], case["rank"], case["dtype"]
     wide = 8 * rows * features * rank / peak[dtype]
-    small = 4 * (rows + features) * rank**2 / peak["float32"]
+    small = 3 * (rows + features) * rank**2 / peak["float32"]
     traffic = rows * features * (2 if dtype == "bfloat16" else 4) / peak["copy"]
     floor = max(wide + small, traffic)
     ours, *peers = (case["variants"][name]["p50"] for name in (OURS, "eager", "compiled"))
