@@ -64,6 +64,23 @@ def test_contract_over_activations_and_dtypes(backend: str, activation: str, dty
     step_with_activation(activation, dtype)
 
 
+@pytest.mark.parametrize("cut", [[900, 2600], [0, 700, 1400], [0, 3001]], ids=str)
+@pytest.mark.parametrize("target", [False, True], ids=["itself", "target"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_form_is_chosen_anew_as_rows_change(
+    backend: str, dtype: torch.dtype, tied: bool, target: bool, cut: list[int]
+) -> None:
+    """Rows that are reproduced nearly exactly, between each second pair of cuts, among rows that are not."""
+    operands = make_operands(3001, 99, 21, dtype=torch.float64, tied=tied, target=target, ratio=1e-5)
+    goal = operands.input if operands.target is None else operands.target
+    missed = torch.ones(3001, 1, dtype=torch.float64)
+    for first, last in zip(cut[::2], [*cut[1::2], 3001], strict=False):
+        missed[first:last] = 0
+    operands = replace(operands, **{"target" if target else "input": goal + missed * torch.randn_like(goal)})
+    check_step(operands.map(lambda tensor: tensor.to(dtype)), reduction="sum")
+
+
 # In float64, a tied bottleneck's encoder bias gradient is all that is left of numbers 1e5 times as large.
 WITH_MEANS = [
     *((dtype, 1.0, tied) for dtype in DTYPES for tied in (False, True) if not (tied and dtype == torch.float64)),

@@ -11,7 +11,8 @@
 // When T is X, U and Q are one product X·[Weᵀ, Wd] and the weight gradients are one product Xᵀ·[Y, dU]; tied weights need
 // no second half: Q follows from U, and TᵀY and dUᵀX are one product Xᵀ·(dU − Y).
 //
-// Tiles whose Σ R² < τ Σ T², or τ Σ A², take the direct form (direct.h), for there the Gram form would cancel.
+// Tiles whose Σ R² < τ Σ T², or τ Σ A², take the direct form (direct.h), for there the Gram form would cancel. After such a
+// tile, the next one does not try the Gram form first: it is right in either, and most often like the one before.
 #pragma once
 
 #include "abi.h"
@@ -69,6 +70,7 @@ class Step {
   // What one thread owns.
   struct Worker {
     double total = 0;
+    bool expects_direct = false;                                // of the next tile
     Left<T> input, target;                                      // packed tiles of X and T
     Right<T> values, target_values;                             // V, the right operands of Xᵀ·V and Tᵀ·V
     Buffer<S> product, target_product, code, slope, error, code_blocks, code_panels;
@@ -149,6 +151,7 @@ class Step {
     allocate(w, height);
     const int64_t count = last - first, samples = min(round_up(count / kSampled, kTileRows), height);
     if (wants_code && count >= kSampled / 2 * kTileRows) choose_centre(w, first, count, samples);
+    w.expects_direct = args.form == Form::direct;
     for (int64_t row = first; row < last; row += height) {
       const int64_t rows = min(height, last - row);
       run_tile(w, {row, rows, round_up(rows, kTileRows)});
@@ -202,7 +205,7 @@ class Step {
     View<T> rows = input_view<T>(args).slice(first, samples);
     rows.row_stride *= count / samples;
     w.input.pack(rows, [](int64_t, int64_t) {});
-    multiply_input(w, samples);
+    multiply_input(w, samples, K);
     for (int64_t r = 0; r < samples; ++r) {
       activate<S>(args.activation, w.product + r * input_weights.padded_cols(), w.code, nullptr, K);
       for (int64_t k = 0; k < K; ++k) w.centre[k] += w.code[k] / S(samples);
@@ -219,27 +222,28 @@ class Step {
     if (separate) {
       w.input.pack(inputs, [](int64_t, int64_t) {});
       w.target.pack(targets, measure);
-      std::memset(w.target_product, 0, tile.padded * target_weights.padded_cols() * sizeof(S));
-      w.target.multiply(target_weights, w.target_product);
     } else {
       w.input.pack(inputs, measure);
     }
-    multiply_input(w, tile.padded);
+    multiply_input(w, tile.padded, w.expects_direct ? K : input_weights.padded_cols());
     encode(w, tile);
     const Blocks<S> code = pack_blocks<S>({w.code, code_stride(), 1, tile.padded, K}, w.code_blocks);
-    multiply(code, gram, w.error, code_stride());
-    const bool direct = !gram_loss(w, tile);
+    const bool direct = w.expects_direct || !gram_loss(w, tile, code);
     if (direct) {
-      w.total += w.direct.run(args, decoder_bias, targets, code, code_panels(w, tile), wants_code, w.error, code_stride());
+      const double squared_error =
+          w.direct.run(args, decoder_bias, targets, code, code_panels(w, tile), wants_code, w.error, code_stride());
+      w.total += squared_error;
+      w.expects_direct = takes_direct(w.statistics.energy(tile.rows), squared_error);
     }
     if (wants_slope) finish_slope(w, tile);
     accumulate(w, tile, direct);
   }
 
-  void multiply_input(Worker& w, int64_t rows) const {
+  // U, in the first `cols` columns, and what else of X·[Weᵀ, Wd] is wanted.
+  void multiply_input(Worker& w, int64_t rows, int64_t cols) const {
     const int64_t width = input_weights.padded_cols();
     fill_rows<S>(w.product, width, rows, product_start, width);
-    w.input.multiply(input_weights, w.product);
+    w.input.multiply(input_weights, w.product, cols);
   }
 
   // Z = f(U) and f′(U); the padding rows of Z are zero.
@@ -252,8 +256,13 @@ class Step {
     for (int64_t r = tile.rows; r < tile.padded; ++r) std::memset(w.code + r * code_stride(), 0, K * sizeof(S));
   }
 
-  // Turns Z G into E = Z G − Q and adds the tile's Σ R²; false when the direct form has to do the tile instead.
-  bool gram_loss(Worker& w, const Tile& tile) {
+  // Makes E = Z G − Q and adds the tile's Σ R²; false when the direct form has to do the tile instead.
+  bool gram_loss(Worker& w, const Tile& tile, const Blocks<S>& code) {
+    if (separate) {
+      std::memset(w.target_product, 0, tile.padded * target_weights.padded_cols() * sizeof(S));
+      w.target.multiply(target_weights, w.target_product, K);
+    }
+    multiply(code, gram, w.error, code_stride());
     const S* products = separate ? w.target_product : w.product + (joint ? K : 0);
     const int64_t stride = separate ? target_weights.padded_cols() : input_weights.padded_cols();
     const auto energy = w.statistics.energy(tile.rows);
@@ -272,11 +281,15 @@ class Step {
       cross += row_cross;
     }
     const double squared_error = energy.centred + cross;
-    // Q and TᵀZ are made of T, biases and all, Σ R² of A: of neither may the residual be too small a part.
-    const bool cancels = squared_error < kDirectBelow<T> * (energy.raw > energy.centred ? energy.raw : energy.centred);
-    if (args.form == Form::direct || (args.form == Form::automatic && cancels)) return false;
+    if (takes_direct(energy, squared_error)) return false;
     w.total += squared_error;
     return true;
+  }
+
+  // Q and TᵀZ are made of T, biases and all, Σ R² of A: of neither may the residual be too small a part.
+  bool takes_direct(const typename Statistics<T>::Energy& energy, double squared_error) const {
+    const double most = energy.raw > energy.centred ? energy.raw : energy.centred;
+    return args.form == Form::direct || (args.form == Form::automatic && squared_error < kDirectBelow<T> * most);
   }
 
   // Σ z of the tile, and its mean row times what G lost to rounding.
@@ -332,12 +345,13 @@ class Step {
         w.target_values.shape(tile.rows, K);
         w.target_values.put(View<S>{w.code, code_stride(), 1, tile.rows, K});
         w.target_values.pad();
-        w.target.multiply_transposed(w.target_values, Panels<S>::over(w.target_sums, args.out_features, K));
+        w.target.multiply_transposed(w.target_values, Panels<S>::over(w.target_sums, args.out_features, K), 0);
       }
     }
     if (!input_width()) return;
     fill_values(w, tile, direct);
-    w.input.multiply_transposed(w.values, Panels<S>::over(w.input_sums, args.in_features, input_width()));
+    w.input.multiply_transposed(w.values, Panels<S>::over(w.input_sums, args.in_features, input_width()),
+                                direct ? slope_column() : 0);
   }
 
   // V = [Y, dU]; tied: dU − Y. In a direct tile Y counts as zero.

@@ -48,13 +48,13 @@ class Left {
   void pack(const View<T>& tile, const Visit& visit) {
     blocks_ = pack_blocks(tile, data_, visit);
   }
-  // out = T·W, row-major, begun with what out holds.
-  void multiply(const Right<T>& weights, S* out) const {
-    byol::BYOL_ISA::multiply(blocks_, weights.panels(), out, weights.padded_cols(), Into::begin);
+  // out = T·W, row-major, begun with what out holds: its first `cols` columns, and what shares a panel with them.
+  void multiply(const Right<T>& weights, S* out, int64_t cols) const {
+    byol::BYOL_ISA::multiply(blocks_, weights.panels().until(cols), out, weights.padded_cols(), Into::begin);
   }
-  // sums += Tᵀ·V.
-  void multiply_transposed(const Right<T>& values, const Panels<S>& sums) const {
-    byol::BYOL_ISA::multiply_transposed(blocks_, values.panels(), sums);
+  // sums += Tᵀ·V, the columns from `first` on, and what shares a panel with them.
+  void multiply_transposed(const Right<T>& values, const Panels<S>& sums, int64_t first) const {
+    byol::BYOL_ISA::multiply_transposed(blocks_, values.panels().from(first), sums.from(first));
   }
 
  private:
@@ -165,19 +165,19 @@ class Left<bf16> {
       }
   }
 
-  void multiply(const Right<bf16>& weights, float* out) const {
+  void multiply(const Right<bf16>& weights, float* out, int64_t cols) const {
     const int64_t ldc = weights.padded_cols();
     for (int64_t depth = 0; depth < cols_; depth += 2 * kDepth) {
       const int64_t steps = min(2 * kDepth, cols_ - depth);
-      for (int64_t j = 0; j < weights.panel_count(); ++j)
+      for (int64_t j = 0; j * kCols<float> < cols; ++j)
         for (int64_t row = 0; row < rows_; row += R)
           pair_tile<R / 2, 1>(by_column_ + (row * cols_ + depth * R) / 2, R * R / 2, weights.panel(j, depth / 2), steps / 2,
                               out + row * ldc + j * kCols<float>, ldc, depth > 0 ? Into::add : Into::begin);
     }
   }
 
-  void multiply_transposed(const Right<bf16>& values, const Panels<float>& sums) const {
-    for (int64_t j = 0; j < values.panel_count(); ++j)
+  void multiply_transposed(const Right<bf16>& values, const Panels<float>& sums, int64_t first) const {
+    for (int64_t j = first / kCols<float>; j < values.panel_count(); ++j)
       for (int64_t col = 0; col < cols_; col += R)
         pair_tile<1, R>(by_row_ + col * R / 2, cols_ * R / 2, values.panel(j, 0), rows_ / 2, sums.row(col, j), kCols<float>,
                         Into::add);
