@@ -76,8 +76,12 @@ class Moments(ABC):
         """Add ``weight · vector vectorᵀ``."""
 
     @abstractmethod
-    def _eigen(self, rank: int | None) -> Spectrum:
-        """The spectrum, not yet cleared of what rounding adds; of it, the leading ``rank`` pairs are enough."""
+    def _eigen(self) -> Spectrum:
+        """The spectrum, not yet cleared of what rounding adds."""
+
+    def _leading(self, rank: int) -> Spectrum | None:
+        """As much of it as ``rank`` wants; None where that would take as long as all of it."""
+        return None
 
     def add_(self, rows: Tensor, workspace: Tensor) -> None:
         """Add finite dense rows; ``workspace``, of their shape and dtype, may be ``rows`` and is overwritten."""
@@ -149,17 +153,28 @@ class Moments(ABC):
         other.merge_(self)
         return other
 
-    def spectrum(self, centered: bool = True, rank: int | None = None) -> Spectrum:
-        """Eigenvalues and axes of the scatter, or, not centred, of ``Σ x xᵀ``: all, or at least the first ``rank``."""
-        moments, freedom = self, self.count - 1
-        if not centered:
-            moments, freedom = self.copy(), self.count
-            moments._add_outer(self.mean, self.count)
-        values, axes, total = moments._eigen(rank)
-        values = values.clamp(min=0)
+    def spectrum(self, centered: bool = True) -> Spectrum:
+        """Eigenvalues and axes of the scatter, or, not centred, of ``Σ x xᵀ``."""
+        return self._cleared(self._about(centered)._eigen(), centered)
+
+    def leading(self, rank: int, centered: bool = True) -> Spectrum | None:
+        """The first ``rank`` of them, where they are found without the others; else None."""
+        found = self._about(centered)._leading(rank)
+        return None if found is None else self._cleared(found, centered)
+
+    def _about(self: _Self, centered: bool) -> _Self:
+        """The moments about the mean, or about 0."""
+        if centered:
+            return self
+        moments = self.copy()
+        moments._add_outer(self.mean, self.count)
+        return moments
+
+    def _cleared(self, spectrum: Spectrum, centered: bool) -> Spectrum:
+        values = spectrum.values.clamp(min=0)
         # n rows span n directions at most, n − 1 about their mean; what exceeds that is rounding.
-        values[freedom:] = 0
-        return Spectrum(values, axes, total)
+        values[self.count - int(centered) :] = 0
+        return spectrum._replace(values=values)
 
     def state(self) -> dict[str, Any]:
         """Everything seen so far, in tensors and numbers."""
@@ -227,13 +242,13 @@ class Scatter(Moments):
     def _add_outer(self, vector: Tensor, weight: float) -> None:
         self.image.addr_(vector, vector, alpha=weight)
 
-    def _eigen(self, rank: int | None) -> Spectrum:
-        total = float(self.image.trace())
-        leading = None if rank is None else leading_eigenpairs(self.matrix(), rank)
-        if leading is not None:
-            return Spectrum(*leading, total)
+    def _eigen(self) -> Spectrum:
         values, axes = torch.linalg.eigh(self.image, UPLO="U")
-        return Spectrum(values.flip(0), axes.flip(1), total)
+        return Spectrum(values.flip(0), axes.flip(1), float(self.image.trace()))
+
+    def _leading(self, rank: int) -> Spectrum | None:
+        found = leading_eigenpairs(self.matrix(), rank)
+        return None if found is None else Spectrum(*found, float(self.image.trace()))
 
 
 class Sketch(Moments):
@@ -277,7 +292,7 @@ class Sketch(Moments):
         self.image.addr_(vector, self.test.T @ vector, alpha=weight)
         self.energy += weight * vector.square().sum()
 
-    def _eigen(self, rank: int | None) -> Spectrum:
+    def _eigen(self) -> Spectrum:
         shift = self.resolution * torch.linalg.matrix_norm(self.image).clamp(min=torch.finfo(torch.float64).tiny)
         image = self.image + shift * self.test
         core = self.test.T @ image

@@ -96,7 +96,8 @@ class StreamingPCA:
         self._pending_rows = 0
         # What follows from the rows seen so far, once it has been asked for.
         self._settled_moments: Moments | None = None
-        self._spectra: dict[tuple[bool, int | None], Spectrum] = {}
+        self._spectra: dict[bool, Spectrum] = {}
+        self._leading_spectra: dict[bool, Spectrum | None] = {}
 
     def explain(self) -> Route:
         """Which route is taken, and why."""
@@ -127,8 +128,7 @@ class StreamingPCA:
                 f"batch: expected shape [rows, n_features] = [any, {self.n_features}], got {list(rows.shape)}"
             )
         for start, block in rows.blocks(self._block_rows):
-            self._settled_moments = None
-            self._spectra.clear()
+            self._forget_results()
             if rows.sparse and rows.density <= _SPARSE_DENSITY:
                 self._check_finite(block, start)
                 self._moments.add_sparse_(block.to(self.device))
@@ -174,8 +174,12 @@ class StreamingPCA:
         self._moments = moments
         self._pending = torch.empty(0, self.n_features, dtype=dtype, device=self.device)
         self._pending_rows = 0
+        self._forget_results()
+
+    def _forget_results(self) -> None:
         self._settled_moments = None
         self._spectra = {}
+        self._leading_spectra = {}
 
     def _settled(self) -> Moments:
         """The moments of all rows; those pending stay pending."""
@@ -290,21 +294,24 @@ class StreamingPCA:
         Raises:
             RuntimeError: no rows have been seen.
         """
-        return self._spectrum(centered, None)
+        if centered not in self._spectra:
+            self._spectra[centered] = self._seen().spectrum(centered)
+        return self._spectra[centered]
 
     def _leading(self, rank: SupportsIndex | None = None, centered: bool = True) -> Spectrum:
         """The first ``rank`` of the spectrum, without the others where ``self.rank`` told that they are not wanted."""
-        rank = self._rank(rank)
-        few = self.rank is not None and rank <= self.rank and self._route.method == "covariance"
-        values, axes, total = self._spectrum(centered, self.rank if few else None)
+        rank, spectrum = self._rank(rank), None
+        if self.rank is not None and rank <= self.rank:
+            if centered not in self._leading_spectra:
+                self._leading_spectra[centered] = self._seen().leading(self.rank, centered)
+            spectrum = self._leading_spectra[centered]
+        values, axes, total = self.spectrum(centered) if spectrum is None else spectrum
         return Spectrum(values[:rank], axes[:, :rank], total)
 
-    def _spectrum(self, centered: bool, rank: int | None) -> Spectrum:
+    def _seen(self) -> Moments:
         if self.n_samples_seen_ == 0:
             raise RuntimeError("no rows seen yet: call partial_fit first")
-        if (centered, rank) not in self._spectra:
-            self._spectra[centered, rank] = self._settled().spectrum(centered, rank)
-        return self._spectra[centered, rank]
+        return self._settled()
 
     def _rank(self, rank: SupportsIndex | None) -> int:
         limit = self._moments.image.shape[1]

@@ -27,7 +27,7 @@ def compare(rows: Tensor, rank: int, rounds: int, adam_seconds: float) -> dict[s
     """Seconds of each fit, interleaved with Adam's epochs on its way to 1.01, and its loss / the Eckart-Young loss."""
     best, judge = _judge(rows, rank)
     fits = _fits(rows, rank, judge)
-    adam = _Adam(rows, rank, best)
+    adam = _Adam(rows, rank, best, adam_seconds)
     seconds: dict[str, list[float]] = {name: [] for name in fits}
     losses: dict[str, float] = {}
     for number in range(rounds + 1):
@@ -39,9 +39,9 @@ def compare(rows: Tensor, rank: int, rounds: int, adam_seconds: float) -> dict[s
             mean, components = fit()
             seconds[name].append(time.perf_counter() - begin)
             losses[name] = judge(mean, components)
-        adam.train(_EPOCHS, adam_seconds)
-    while not adam.reached and adam.seconds < adam_seconds:
-        adam.train(1, adam_seconds)
+        adam.train(_EPOCHS)
+    while not adam.stopped:
+        adam.train(1)
     table = {
         name: {"seconds": float(np.median(times[1:] or times)), "rounds": len(times[1:] or times), "loss": losses[name]}
         for name, times in seconds.items()
@@ -100,10 +100,10 @@ def _fits(rows: Tensor, rank: int, judge: Callable[[Tensor, Tensor], float]) -> 
 class _Adam:
     """Training until the loss of all rows is 1.01 × the best; the loss is looked at once an epoch, untimed."""
 
-    def __init__(self, rows: Tensor, rank: int, best: float) -> None:
+    def __init__(self, rows: Tensor, rank: int, best: float, limit: float) -> None:
         torch.manual_seed(0)
         self.generator = torch.Generator().manual_seed(0)
-        self.rows, self.best = rows, best
+        self.rows, self.best, self.limit = rows, best, limit
         self.model = nn.Sequential(nn.Linear(rows.shape[1], rank), nn.Linear(rank, rows.shape[1]))
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=_RATE)
         self.seconds, self.epochs, self.loss = 0.0, 0, float("inf")
@@ -112,10 +112,14 @@ class _Adam:
     def reached(self) -> bool:
         return self.loss <= 1.01
 
-    def train(self, epochs: int, limit: float) -> None:
-        """So many epochs more, or fewer if that is enough or has taken this many seconds in all."""
+    @property
+    def stopped(self) -> bool:
+        return self.reached or self.seconds >= self.limit
+
+    def train(self, epochs: int) -> None:
+        """So many epochs more, or fewer if that is enough or the time is up."""
         for _ in range(epochs):
-            if self.reached or self.seconds >= limit:
+            if self.stopped:
                 return
             begin = time.perf_counter()
             for indices in torch.randperm(len(self.rows), generator=self.generator).split(_BATCH):

@@ -181,7 +181,7 @@ class _Step:
         self.dtype = accumulation_dtype(input.dtype)
         bias = weights.decoder_bias
         self.bias = (self.decoder.new_zeros(self.decoder.shape[0]) if bias is None else bias).to(self.dtype)
-        self.preactivation = self.code = self.slope = self.mean = input.new_empty(0)
+        self.preactivation = self.code = self.slope = self.mean = self.centred = input.new_empty(0)
 
     def run(self, gradients: bool) -> tuple[Tensor, list[Tensor | None]]:
         """Σ R² and the four gradients of ½ Σ R²; leaves Z and dU behind."""
@@ -212,13 +212,13 @@ class _Step:
             encoded = _product(self.input, self.encoder.t())
             decoded = encoded if self.joint else _product(self.target, self.decoder)
         self._encode(encoded)
-        decoder = self.decoder.double()
+        decoder, bias = self.decoder.double(), self.bias.double()
         gram, self.mean = decoder.t() @ decoder, self.code.mean(0)
+        self.centred = self.code - self.mean
         # In float64, and Z = Y + 1 mᵀ: what rounding takes from G and the biases is the same in every row.
-        q = decoded.double() - self.bias.double() @ decoder
-        error = _exact(self.code - self.mean, gram) + self.mean.double() @ gram - q
+        q = decoded.double() - bias @ decoder
+        error = _exact(self.centred, gram) + self.mean.double() @ gram - q
         energy = torch.linalg.vector_norm(self.target, dtype=torch.float64) ** 2
-        bias = self.bias.double()
         self.target_sum = self.target.sum(0, dtype=torch.float64)
         centred = energy - 2 * bias @ self.target_sum + self.target.shape[0] * bias @ bias
         total = centred + (self.code * (error - q)).sum(dtype=torch.float64)
@@ -227,18 +227,17 @@ class _Step:
     def _gram_gradients(self) -> list[Tensor | None]:
         rank = self.encoder.shape[0]
         # Every product of the decoder's gradient takes the same Y, rounded as eager rounds Z.
-        mean = self.mean
-        code, slope = (self.code - mean).to(self.input.dtype), self.slope.to(self.input.dtype)
+        code, slope = self.centred.to(self.input.dtype), self.slope.to(self.input.dtype)
         if self.joint:
             product = _product(self.input.t(), torch.cat([code, slope], dim=1))
             target_code, d_encoder = product[:, :rank], product[:, rank:].t()
         else:
             target_code, d_encoder = _product(self.target.t(), code), _product(slope.t(), self.input)
         code_sum = code.sum(0, dtype=torch.float64).to(self.dtype)
-        d_decoder = _exact(self.decoder, _product(code.t(), code) + torch.outer(mean, code_sum)) - target_code
+        d_decoder = _exact(self.decoder, _product(code.t(), code) + torch.outer(self.mean, code_sum)) - target_code
         residual = self.decoder.double() @ self.code.sum(0, dtype=torch.float64) - self.target_sum
         d_decoder_bias = (residual + self.target.shape[0] * self.bias.double()).to(self.dtype)
-        d_decoder = d_decoder + torch.outer(self.bias, code_sum) + torch.outer(d_decoder_bias, mean)
+        d_decoder = d_decoder + torch.outer(self.bias, code_sum) + torch.outer(d_decoder_bias, self.mean)
         return self._gradients(d_encoder, d_decoder, d_decoder_bias)
 
     def _direct(self, gradients: bool) -> tuple[Tensor, list[Tensor | None]]:

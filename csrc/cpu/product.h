@@ -91,6 +91,8 @@ struct Blocks {
   int64_t stride() const { return cols * kTileRows; }  // from one block-row to the next
 };
 
+inline void visit_nothing(int64_t, int64_t) {}
+
 // Calls visit(row, col) after each block, by its first row and column.
 template <class T, class Visit>
 Blocks<Acc<T>> pack_blocks(const View<T>& source, Acc<T>* data, const Visit& visit) {
@@ -130,7 +132,7 @@ Blocks<Acc<T>> pack_blocks(const View<T>& source, Acc<T>* data, const Visit& vis
 
 template <class T>
 Blocks<Acc<T>> pack_blocks(const View<T>& source, Acc<T>* data) {
-  return pack_blocks(source, data, [](int64_t, int64_t) {});
+  return pack_blocks(source, data, visit_nothing);
 }
 
 // Packed right operand: panels of kCols columns, rows padded to a multiple of kTileRows.

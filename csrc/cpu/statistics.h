@@ -24,13 +24,12 @@ class Statistics {
   // `bias` has to outlive this.
   void allocate(const S* bias, int64_t cols) {
     cols_ = cols, bias_ = bias;
-    const int64_t size = (cols + R - 1) / R * kSpan;
-    biases_.allocate_zeros(size), tile_.allocate(size), total_.allocate_zeros(size);
+    biases_.allocate_zeros(size()), tile_.allocate(size()), total_.allocate_zeros(size());
     for (int64_t d = 0; d < cols; ++d) biases_[place(d)] = bias[d];
   }
 
   void begin_tile() {
-    std::memset(tile_, 0, (cols_ + R - 1) / R * kSpan * sizeof(double));
+    std::memset(tile_, 0, size() * sizeof(double));
     for (int j = 0; j < kSpan; ++j) squares_[j] = 0, energy_[j] = 0;
     blocks_ = 0;
   }
@@ -83,11 +82,12 @@ class Statistics {
 
   // Adds the tile's Σ (t − bd) to the sum of all tiles.
   void keep_tile() {
-    for (int64_t i = 0; i < (cols_ + R - 1) / R * kSpan; ++i) total_[i] += tile_[i];
+    for (int64_t i = 0; i < size(); ++i) total_[i] += tile_[i];
   }
   double sum(int64_t d) const { return total_[place(d)]; }
 
  private:
+  int64_t size() const { return (cols_ + R - 1) / R * kSpan; }
   static int64_t place(int64_t d) { return d / R * kSpan + d % R; }
 
   static void load_vector(const T* t, Vector& out) {

@@ -37,6 +37,7 @@ constexpr int64_t kSampled = 128;
 template <class T>
 class Step {
   using S = Acc<T>;
+  using Energy = typename Statistics<T>::Energy;
 
  public:
   explicit Step(const StepArgs& args)
@@ -204,7 +205,7 @@ class Step {
   void choose_centre(Worker& w, int64_t first, int64_t count, int64_t samples) const {
     View<T> rows = input_view<T>(args).slice(first, samples);
     rows.row_stride *= count / samples;
-    w.input.pack(rows, [](int64_t, int64_t) {});
+    w.input.pack(rows, visit_nothing);
     multiply_input(w, samples, K);
     for (int64_t r = 0; r < samples; ++r) {
       activate<S>(args.activation, w.product + r * input_weights.padded_cols(), w.code, nullptr, K);
@@ -220,20 +221,21 @@ class Step {
     const auto measure = [&](int64_t row, int64_t col) { w.statistics.add(targets, row, col); };
     w.statistics.begin_tile();
     if (separate) {
-      w.input.pack(inputs, [](int64_t, int64_t) {});
+      w.input.pack(inputs, visit_nothing);
       w.target.pack(targets, measure);
     } else {
       w.input.pack(inputs, measure);
     }
     multiply_input(w, tile.padded, w.expects_direct ? K : input_weights.padded_cols());
     encode(w, tile);
-    const Blocks<S> code = pack_blocks<S>({w.code, code_stride(), 1, tile.padded, K}, w.code_blocks);
-    const bool direct = w.expects_direct || !gram_loss(w, tile, code);
+    const Blocks<S> code = code_blocks(w, tile);
+    const auto energy = w.statistics.energy(tile.rows);
+    const bool direct = w.expects_direct || !gram_loss(w, tile, code, energy);
     if (direct) {
       const double squared_error =
           w.direct.run(args, decoder_bias, targets, code, code_panels(w, tile), wants_code, w.error, code_stride());
       w.total += squared_error;
-      w.expects_direct = takes_direct(w.statistics.energy(tile.rows), squared_error);
+      w.expects_direct = takes_direct(energy, squared_error);
     }
     if (wants_slope) finish_slope(w, tile);
     accumulate(w, tile, direct);
@@ -257,7 +259,7 @@ class Step {
   }
 
   // Makes E = Z G − Q and adds the tile's Σ R²; false when the direct form has to do the tile instead.
-  bool gram_loss(Worker& w, const Tile& tile, const Blocks<S>& code) {
+  bool gram_loss(Worker& w, const Tile& tile, const Blocks<S>& code, const Energy& energy) {
     if (separate) {
       std::memset(w.target_product, 0, tile.padded * target_weights.padded_cols() * sizeof(S));
       w.target.multiply(target_weights, w.target_product, K);
@@ -265,7 +267,6 @@ class Step {
     multiply(code, gram, w.error, code_stride());
     const S* products = separate ? w.target_product : w.product + (joint ? K : 0);
     const int64_t stride = separate ? target_weights.padded_cols() : input_weights.padded_cols();
-    const auto energy = w.statistics.energy(tile.rows);
     sum_codes(w, tile);
     double cross = 0;
     for (int64_t r = 0; r < tile.rows; ++r) {
@@ -287,7 +288,7 @@ class Step {
   }
 
   // Q and TᵀZ are made of T, biases and all, Σ R² of A: of neither may the residual be too small a part.
-  bool takes_direct(const typename Statistics<T>::Energy& energy, double squared_error) const {
+  bool takes_direct(const Energy& energy, double squared_error) const {
     const double most = energy.raw > energy.centred ? energy.raw : energy.centred;
     return args.form == Form::direct || (args.form == Form::automatic && squared_error < kDirectBelow<T> * most);
   }
@@ -315,6 +316,10 @@ class Step {
     }
   }
 
+  Blocks<S> code_blocks(Worker& w, const Tile& tile) const {
+    return pack_blocks<S>({w.code, code_stride(), 1, tile.padded, K}, w.code_blocks);
+  }
+
   Panels<S> code_panels(Worker& w, const Tile& tile) {
     const Panels<S> panels = Panels<S>::over(w.code_panels, tile.padded, K);
     pack_panels<S>({w.code, code_stride(), 1, tile.rows, K}, panels);
@@ -338,8 +343,7 @@ class Step {
       w.statistics.keep_tile();
       if (wants_code) {
         centre_codes(w, tile);
-        const Blocks<S> codes = pack_blocks<S>({w.code, code_stride(), 1, tile.padded, K}, w.code_blocks);
-        multiply_symmetric(codes, code_panels(w, tile), Panels<S>::over(w.code_products, K, K));
+        multiply_symmetric(code_blocks(w, tile), code_panels(w, tile), Panels<S>::over(w.code_products, K, K));
       }
       if (separate && wants_code) {
         w.target_values.shape(tile.rows, K);
@@ -425,8 +429,9 @@ class Step {
     for (int64_t d = 0; d < count; ++d) {
       double total = 0;
       for (int i = 0; i < threads; ++i) {
-        residuals[d * threads + i] = dot(decoder.row(d), decoder.col_stride, workers[i].code_sum) - workers[i].statistics.sum(first + d);
-        total += residuals[d * threads + i] + workers[i].direct.residual_sum(first + d);
+        double& residual = residuals[d * threads + i];
+        residual = dot(decoder.row(d), decoder.col_stride, workers[i].code_sum) - workers[i].statistics.sum(first + d);
+        total += residual + workers[i].direct.residual_sum(first + d);
       }
       if (args.d_decoder_bias) static_cast<S*>(args.d_decoder_bias)[first + d] = S(total);
     }
