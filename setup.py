@@ -27,6 +27,7 @@ FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-
 # file), compiler flags.
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"
 X86 = [
+    ("amx", 64, 12, f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16"),
     ("avx512_bf16", 64, 12, f"{AVX512} -mavx512bf16"),
     ("avx512", 64, 12, AVX512),
     ("avx2", 32, 6, "-mavx2 -mfma -mf16c"),

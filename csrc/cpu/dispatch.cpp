@@ -1,5 +1,10 @@
 #include "dispatch.h"
 
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 
@@ -10,9 +15,22 @@ const KernelTable* portable_kernels();
 const KernelTable* avx2_kernels();
 const KernelTable* avx512_kernels();
 const KernelTable* avx512_bf16_kernels();
+const KernelTable* amx_kernels();
 #endif
 
 namespace {
+
+#ifdef BYOL_X86
+// Whether the system lets this process use the tile registers: Linux has to be asked, for they make its threads' state large.
+bool may_use_tiles() {
+#ifdef __linux__
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 std::vector<const KernelTable*> runnable() {
   std::vector<const KernelTable*> tables;
@@ -20,6 +38,8 @@ std::vector<const KernelTable*> runnable() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
+    if (__builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") && may_use_tiles())
+      tables.push_back(amx_kernels());
     if (__builtin_cpu_supports("avx512bf16")) tables.push_back(avx512_bf16_kernels());
     tables.push_back(avx512_kernels());
   }

@@ -2,7 +2,8 @@
 #pragma once
 
 #include "abi.h"
-#include "product.h"
+#include "pairs.h"
+#include "tiles.h"
 
 namespace byol::BYOL_ISA {
 
@@ -46,12 +47,19 @@ Panels<Acc<T>> packed_panels(const View<T>& source, Buffer<Acc<T>>& data) {
   return panels;
 }
 
+// Rows of a tile that is packed in its own type or, as codes are, in the accumulation type.
+template <class T>
+constexpr int64_t pad_rows(int64_t rows) {
+  return round_up(rows, max(Left<T>::kRows, Left<Acc<T>>::kRows));
+}
+
 // Rows that one thread takes at a time: enough to hide the traffic of the accumulators, few enough that the packed tile
 // stays in the second-level cache; the tiles of a thread's share are of nearly equal height.
-inline int64_t tile_rows(int64_t share_rows, int64_t features) {
+template <class T>
+int64_t tile_rows(int64_t share_rows, int64_t features) {
   const int64_t most = max(96, min(252, (160 * 1024) / max(features, 1)));
   const int64_t tiles = max(1, (share_rows + most - 1) / most);
-  return max(kTileRows, round_up((share_rows + tiles - 1) / tiles, kTileRows));
+  return pad_rows<T>(max(1, (share_rows + tiles - 1) / tiles));
 }
 
 // Threads worth using for this much arithmetic.

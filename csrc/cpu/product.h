@@ -155,20 +155,16 @@ struct Panels {
   // The panels that hold the columns from `first` on, or those before `end`.
   Panels from(int64_t first) const { return {panel(first / kCols<S>), rows, cols - first / kCols<S> * kCols<S>}; }
   Panels until(int64_t end) const { return {data, rows, round_up(end, kCols<S>)}; }
-};
-
-// row[0…count] += sign · M[r, col…col+count] of a matrix in panels; nothing when it does not exist.
-template <class S>
-void add_row(Pointer<S> row, int64_t count, Pointer<S> data, int64_t rows, int64_t cols, int64_t r, int64_t col, S sign) {
-  if (!data) return;
-  const Panels<S> panels = Panels<S>::over(data, rows, cols);
-  for (int64_t k = 0; k < count;) {
-    const S* from = panels.at(r, col + k);
-    const int64_t width = min(kCols<S> - (col + k) % kCols<S>, count - k);
-    for (int64_t j = 0; j < width; ++j) row[k + j] += sign * from[j];
-    k += width;
+  // out[0 … count] += sign · the numbers of row r from column c on; nothing when there are no panels.
+  void add_row(S* out, int64_t count, int64_t r, int64_t c, S sign) const {
+    for (int64_t k = 0; data && k < count;) {
+      const S* from = at(r, c + k);
+      const int64_t width = min(kCols<S> - (c + k) % kCols<S>, count - k);
+      for (int64_t j = 0; j < width; ++j) out[k + j] += sign * from[j];
+      k += width;
+    }
   }
-}
+};
 
 // Writes `source` into the panels' columns first … first + source.cols; the caller pads (zero_padding).
 template <class T>

@@ -1,26 +1,27 @@
 // What a tile of targets is beside the decoder's bias: Σ (t − bd)² and Σ (t − bd), and from both Σ t².
 //
 // Collected block by block while the tile is being packed, when its lines are in the first-level cache anyway. A row of a
-// block, R numbers, is read as whole vectors; what their other lanes hold is summed, too, and never looked at.
+// block is read as whole vectors; what their other lanes hold is summed, too, and never looked at.
 #pragma once
 
 #include "product.h"
 
 namespace byol::BYOL_ISA {
 
-template <class T>
+struct Energy {
+  double centred = 0, raw = 0;  // Σ (t − bd)², Σ t²
+};
+
+// For blocks of so many rows and columns.
+template <class T, int64_t kRows, int64_t kBlockCols>
 class Statistics {
   using S = Acc<T>;
-  static constexpr int R = kTileRows, L = kLanes<S>, V = (R + L - 1) / L, kSpan = V * L;
+  static constexpr int R = kRows, C = kBlockCols, L = kLanes<S>, V = (C + L - 1) / L, kSpan = V * L;
   // Blocks of which a register sums the squares.
   static constexpr int kBlocks = 4;
   typedef S Vector __attribute__((vector_size(BYOL_VECTOR_BYTES), may_alias));
 
  public:
-  struct Energy {
-    double centred = 0, raw = 0;  // Σ (t − bd)², Σ t²
-  };
-
   // `bias` has to outlive this.
   void allocate(const S* bias, int64_t cols) {
     cols_ = cols, bias_ = bias;
@@ -37,7 +38,7 @@ class Statistics {
   // The block of a tile whose first number is at this row and column.
   void add(const View<T>& tile, int64_t row, int64_t col) {
     const T* first = tile.data + row * tile.row_stride + col * tile.col_stride;
-    const int64_t at = col / R * kSpan;
+    const int64_t at = col / C * kSpan;
     const bool whole = row + R <= tile.rows && col + kSpan <= tile.cols && tile.col_stride == 1;
     alignas(64) S sums[kSpan] = {};
     if (whole) {
@@ -59,7 +60,7 @@ class Statistics {
       }
     } else {
       for (int i = 0; i < min(R, tile.rows - row); ++i)
-        for (int j = 0; j < min(R, tile.cols - col); ++j) {
+        for (int j = 0; j < min(C, tile.cols - col); ++j) {
           const S difference = load(first[i * tile.row_stride + j * tile.col_stride]) - biases_[at + j];
           sums[j] += difference;
           squares_[j] += difference * difference;
@@ -73,7 +74,7 @@ class Statistics {
   Energy energy(int64_t rows) {
     move_squares();
     Energy energy;
-    for (int j = 0; j < R; ++j) energy.centred += energy_[j];
+    for (int j = 0; j < C; ++j) energy.centred += energy_[j];
     energy.raw = energy.centred;
     for (int64_t d = 0; d < cols_; ++d)
       energy.raw += double(bias_[d]) * (2 * tile_[place(d)] + double(rows) * double(bias_[d]));
@@ -87,8 +88,8 @@ class Statistics {
   double sum(int64_t d) const { return total_[place(d)]; }
 
  private:
-  int64_t size() const { return (cols_ + R - 1) / R * kSpan; }
-  static int64_t place(int64_t d) { return d / R * kSpan + d % R; }
+  int64_t size() const { return (cols_ + C - 1) / C * kSpan; }
+  static int64_t place(int64_t d) { return d / C * kSpan + d % C; }
 
   static void load_vector(const T* t, Vector& out) {
     if constexpr (sizeof(T) == sizeof(S)) {

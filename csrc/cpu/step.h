@@ -22,7 +22,6 @@
 #include "operands.h"
 #include "parallel_for.h"
 #include "statistics.h"
-#include "wide.h"
 
 namespace byol::BYOL_ISA {
 
@@ -37,8 +36,6 @@ constexpr int64_t kSampled = 128;
 template <class T>
 class Step {
   using S = Acc<T>;
-  using Energy = typename Statistics<T>::Energy;
-
  public:
   explicit Step(const StepArgs& args)
       : args(args),
@@ -73,12 +70,15 @@ class Step {
     double total = 0;
     bool expects_direct = false;                                // of the next tile
     Left<T> input, target;                                      // packed tiles of X and T
-    Right<T> values, target_values;                             // V, the right operands of Xᵀ·V and Tᵀ·V
-    Buffer<S> product, target_product, code, slope, error, code_blocks, code_panels;
-    Buffer<S> input_sums, target_sums, code_products;           // Xᵀ·V, Tᵀ·V, YᵀY
+    Left<S> packed_code;                                        // of Z, then of Y
+    Values<T> values, target_values;                            // V, the right operands of Xᵀ·V and Tᵀ·V
+    Values<S> code_values;                                      // Y
+    Buffer<S> product, target_product, code, slope, error;
+    Sums<T> input_sums, target_sums;                            // Xᵀ·V, Tᵀ·V
+    Sums<S> code_products;                                      // YᵀY
     Buffer<S> centre;                                           // m
     Buffer<double> code_sum, centred_sum, slope_sum;            // Σz, Σy, Σ dU
-    Statistics<T> statistics;                                   // Σ A² of a tile, Σa
+    Statistics<T, Left<T>::kBlockRows, Left<T>::kBlockCols> statistics;                                   // Σ A² of a tile, Σa
     Buffer<double> tile_code_sum, lost;                         // Σz of one tile, and its mean times G's rounding
     Direct<T> direct;                                           // of tiles where the Gram form would cancel
   };
@@ -98,12 +98,7 @@ class Step {
     load_bias<T>(args.decoder_bias, args.out_features, decoder_bias);
     const View<T> encoder = encoder_view<T>(args), decoder = decoder_view<T>(args);
     pack_encoder(encoder, decoder);
-    if (separate) {
-      target_weights.allocate(args.out_features, K);
-      target_weights.shape(args.out_features, K);
-      target_weights.put(decoder);
-      target_weights.pad();
-    }
+    if (separate) load_weights(target_weights, decoder);
     make_gram(decoder);
   }
 
@@ -128,8 +123,7 @@ class Step {
     bias_sums.allocate_zeros(K);
     for (int64_t d = 0; args.decoder_bias && d < args.out_features; ++d)
       for (int64_t k = 0; k < K; ++k) bias_sums[k] += double(decoder_bias[d]) * double(weight(d, k));
-    gram_data.allocate_zeros(Panels<S>::size(K, K));
-    gram = Panels<S>::over(gram_data, K, K);
+    Buffer<S> rounded(K * K);
     gram_low.allocate(K * K);
     product_start.allocate_zeros(input_weights.padded_cols());
     std::memcpy(product_start, encoder_bias, K * sizeof(S));
@@ -138,28 +132,30 @@ class Step {
       // The product of tied weights has the encoder's bias in it, too.
       code_offset[j] = bias_sums[j] + (tied && !separate ? double(encoder_bias[j]) : 0.0);
       for (int64_t k = 0; k < K; ++k) {
-        *gram.at(j, k) = S(*products.at(j, k));
-        gram_low[j * K + k] = *products.at(j, k) - double(*gram.at(j, k));
+        rounded[j * K + k] = S(*products.at(j, k));
+        gram_low[j * K + k] = *products.at(j, k) - double(rounded[j * K + k]);
       }
     }
+    load_weights(gram, View<S>{rounded, K, 1, K, K});
   }
 
   // ------------------------------------------------------------------------------------------- once per thread
 
   void run_share(Worker& w, int thread) {
     const int64_t first = share(args.rows, thread, threads), last = share(args.rows, thread + 1, threads);
-    const int64_t height = tile_rows(last - first, max(args.in_features, args.out_features));
+    const int64_t height = tile_rows<T>(last - first, max(args.in_features, args.out_features));
+    [[maybe_unused]] const MatrixUnit unit;
     allocate(w, height);
-    const int64_t count = last - first, samples = min(round_up(count / kSampled, kTileRows), height);
+    const int64_t count = last - first, samples = min(pad_rows<T>(count / kSampled), height);
     if (wants_code && count >= kSampled / 2 * kTileRows) choose_centre(w, first, count, samples);
     w.expects_direct = args.form == Form::direct;
     for (int64_t row = first; row < last; row += height) {
       const int64_t rows = min(height, last - row);
-      run_tile(w, {row, rows, round_up(rows, kTileRows)});
+      run_tile(w, {row, rows, pad_rows<T>(rows)});
     }
   }
 
-  int64_t code_stride() const { return round_up(K, kCols<S>); }
+  int64_t code_stride() const { return gram.padded_cols(); }
   // V for the input: the columns of Y (unless tied or separate), then those of dU, as far as they are wanted.
   int64_t slope_column() const { return joint && wants_code ? K : 0; }
   int64_t input_width() const {
@@ -169,28 +165,28 @@ class Step {
   }
 
   void allocate(Worker& w, int64_t height) {
-    const int64_t code_size = height * code_stride();
+    const int64_t code_size = round_up(height, kTileRows) * code_stride();
     w.input.allocate(height, args.in_features);
     w.product.allocate(height * input_weights.padded_cols());
     w.code.allocate(code_size);
     w.error.allocate(code_size);
     if (wants_slope) w.slope.allocate(code_size);
-    w.code_blocks.allocate(Blocks<S>::size(height, K));
-    w.code_panels.allocate(Panels<S>::size(height, K));
+    w.packed_code.allocate(height, K);
     if (separate) {
       w.target.allocate(height, args.out_features);
       w.target_product.allocate(height * target_weights.padded_cols());
     }
     if (input_width()) {
       w.values.allocate(height, input_width());
-      w.input_sums.allocate_zeros(Panels<S>::size(args.in_features, input_width()));
+      w.input_sums.allocate_zeros(args.in_features, input_width());
     }
     if (separate && wants_code) {
       w.target_values.allocate(height, K);
-      w.target_sums.allocate_zeros(Panels<S>::size(args.out_features, K));
+      w.target_sums.allocate_zeros(args.out_features, K);
     }
     if (wants_code) {
-      w.code_products.allocate_zeros(Panels<S>::size(K, K));
+      w.code_values.allocate(height, K);
+      w.code_products.allocate_zeros(K, K);
       w.centre.allocate_zeros(K);
       w.centred_sum.allocate_zeros(K);
     }
@@ -228,12 +224,11 @@ class Step {
     }
     multiply_input(w, tile.padded, w.expects_direct ? K : input_weights.padded_cols());
     encode(w, tile);
-    const Blocks<S> code = code_blocks(w, tile);
-    const auto energy = w.statistics.energy(tile.rows);
-    const bool direct = w.expects_direct || !gram_loss(w, tile, code, energy);
+    const Energy energy = w.statistics.energy(tile.rows);
+    const bool direct = w.expects_direct || !gram_loss(w, tile, energy);
     if (direct) {
       const double squared_error =
-          w.direct.run(args, decoder_bias, targets, code, code_panels(w, tile), wants_code, w.error, code_stride());
+          w.direct.run(args, decoder_bias, targets, code(w, tile.rows), wants_code, w.error, code_stride());
       w.total += squared_error;
       w.expects_direct = takes_direct(energy, squared_error);
     }
@@ -245,7 +240,7 @@ class Step {
   void multiply_input(Worker& w, int64_t rows, int64_t cols) const {
     const int64_t width = input_weights.padded_cols();
     fill_rows<S>(w.product, width, rows, product_start, width);
-    w.input.multiply(input_weights, w.product, cols);
+    w.input.multiply(input_weights, 0, cols, w.product, width, Into::begin);
   }
 
   // Z = f(U) and f′(U); the padding rows of Z are zero.
@@ -259,12 +254,10 @@ class Step {
   }
 
   // Makes E = Z G − Q and adds the tile's Σ R²; false when the direct form has to do the tile instead.
-  bool gram_loss(Worker& w, const Tile& tile, const Blocks<S>& code, const Energy& energy) {
-    if (separate) {
-      std::memset(w.target_product, 0, tile.padded * target_weights.padded_cols() * sizeof(S));
-      w.target.multiply(target_weights, w.target_product, K);
-    }
-    multiply(code, gram, w.error, code_stride());
+  bool gram_loss(Worker& w, const Tile& tile, const Energy& energy) {
+    if (separate) w.target.multiply(target_weights, 0, K, w.target_product, target_weights.padded_cols(), Into::store);
+    w.packed_code.pack(code(w, tile.padded), visit_nothing);
+    w.packed_code.multiply(gram, 0, K, w.error, code_stride(), Into::store);
     const S* products = separate ? w.target_product : w.product + (joint ? K : 0);
     const int64_t stride = separate ? target_weights.padded_cols() : input_weights.padded_cols();
     sum_codes(w, tile);
@@ -316,16 +309,8 @@ class Step {
     }
   }
 
-  Blocks<S> code_blocks(Worker& w, const Tile& tile) const {
-    return pack_blocks<S>({w.code, code_stride(), 1, tile.padded, K}, w.code_blocks);
-  }
-
-  Panels<S> code_panels(Worker& w, const Tile& tile) {
-    const Panels<S> panels = Panels<S>::over(w.code_panels, tile.padded, K);
-    pack_panels<S>({w.code, code_stride(), 1, tile.rows, K}, panels);
-    zero_padding(panels, tile.rows, K);
-    return panels;
-  }
+  // The first rows of Z or, later, of Y; in padding rows it is zero.
+  View<S> code(const Worker& w, int64_t rows) const { return {w.code, code_stride(), 1, rows, K}; }
 
   // Y, in the place of Z.
   void centre_codes(Worker& w, const Tile& tile) const {
@@ -343,32 +328,28 @@ class Step {
       w.statistics.keep_tile();
       if (wants_code) {
         centre_codes(w, tile);
-        multiply_symmetric(code_blocks(w, tile), code_panels(w, tile), Panels<S>::over(w.code_products, K, K));
+        w.packed_code.pack(code(w, tile.padded), visit_nothing);
+        fill(w.code_values, code(w, tile.rows));
+        w.packed_code.multiply_symmetric(w.code_values, w.code_products);
       }
       if (separate && wants_code) {
-        w.target_values.shape(tile.rows, K);
-        w.target_values.put(View<S>{w.code, code_stride(), 1, tile.rows, K});
-        w.target_values.pad();
-        w.target.multiply_transposed(w.target_values, Panels<S>::over(w.target_sums, args.out_features, K), 0);
+        fill(w.target_values, code(w, tile.rows));
+        w.target.multiply_transposed(w.target_values, w.target_sums);
       }
     }
     if (!input_width()) return;
     fill_values(w, tile, direct);
-    w.input.multiply_transposed(w.values, Panels<S>::over(w.input_sums, args.in_features, input_width()),
-                                direct ? slope_column() : 0);
+    w.input.multiply_transposed(w.values, w.input_sums, direct ? slope_column() : 0);
   }
 
   // V = [Y, dU]; tied: dU − Y. In a direct tile Y counts as zero.
   void fill_values(Worker& w, const Tile& tile, bool direct) {
     w.values.shape(tile.rows, input_width());
-    const View<S> code{w.code, code_stride(), 1, tile.rows, K}, slope{w.slope, code_stride(), 1, tile.rows, K};
+    const View<S> slope{w.slope, code_stride(), 1, tile.rows, K};
     if (joint && wants_code) {
-      if (direct) {
-        for (int64_t r = 0; r < tile.rows; ++r) std::memset(w.error + r * code_stride(), 0, K * sizeof(S));
-        w.values.put(View<S>{w.error, code_stride(), 1, tile.rows, K});
-      } else {
-        w.values.put(code);
-      }
+      if (direct)
+        for (int64_t r = 0; r < tile.rows; ++r) std::memset(w.code + r * code_stride(), 0, K * sizeof(S));
+      w.values.put(code(w, tile.rows));
     }
     if (args.d_encoder_weight) {
       if (tied && !separate && !direct)
@@ -382,10 +363,8 @@ class Step {
   // ------------------------------------------------------------------------------------------- after all tiles
 
   void finish(Worker* workers) {
-    for (int i = 1; i < threads; ++i) {
-      add(workers[0].code_products, workers[i].code_products, Panels<S>::size(K, K));
-      add(workers[0].slope_sum, workers[i].slope_sum, K);
-    }
+    for (int i = 1; i < threads; ++i)
+      for (int64_t k = 0; k < K; ++k) workers[0].slope_sum[k] += workers[i].slope_sum[k];
     if (args.d_encoder_bias)
       for (int64_t k = 0; k < K; ++k) static_cast<S*>(args.d_encoder_bias)[k] = S(workers[0].slope_sum[k]);
     if (wants_code) finish_code_products(workers);
@@ -394,18 +373,19 @@ class Step {
 
   // YᵀY + m (Σy)ᵀ, each thread having its own m.
   void finish_code_products(Worker* workers) {
-    const Panels<S> products = Panels<S>::over(workers[0].code_products, K, K);
-    mirror(products, K);
+    code_products_data.allocate_zeros(Panels<S>::size(K, K));
+    code_products = Panels<S>::over(code_products_data, K, K);
+    Buffer<S> row(K);
+    for (int64_t j = 0; j < K; ++j) {
+      std::memset(row, 0, K * sizeof(S));
+      for (int i = 0; i < threads; ++i) workers[i].code_products.add_row(row, K, j, 0, S(1));
+      for (int64_t k = j; k < K; ++k) *code_products.at(j, k) = row[k];
+    }
+    mirror(code_products, K);
     for (int i = 0; i < threads; ++i)
       for (int64_t j = 0; j < K; ++j)
         for (int64_t k = 0; k < K; ++k)
-          *products.at(j, k) += S(double(workers[i].centre[j]) * workers[i].centred_sum[k]);
-  }
-
-  template <class N>
-  static void add(const Buffer<N>& sum, const Buffer<N>& term, int64_t count) {
-    if (!term) return;
-    for (int64_t i = 0; i < count; ++i) sum[i] += term[i];
+          *code_products.at(j, k) += S(double(workers[i].centre[j]) * workers[i].centred_sum[k]);
   }
 
   void finish_weights(Worker* workers, int thread) {
@@ -451,16 +431,15 @@ class Step {
 
   // Rows first … first + count of dWd, into `gradient` and, untied, to the caller.
   void decoder_gradient(Worker* workers, int64_t first, int64_t count, const double* residuals, S* block_data, S* gradient) {
-    const Panels<S> code_products = Panels<S>::over(workers[0].code_products, K, K);
     multiply(pack_blocks(decoder_view<T>(args).slice(first, count), block_data), code_products, gradient, code_stride());
     for (int64_t d = 0; d < count; ++d) {
       S* row = gradient + d * code_stride();
       for (int i = 0; i < threads; ++i) {
         const S bias = decoder_bias[first + d], residual = S(residuals[d * threads + i]);
         for (int64_t k = 0; k < K; ++k) row[k] += bias * S(workers[i].centred_sum[k]) + residual * workers[i].centre[k];
-        if (joint) add_row(row, K, workers[i].input_sums, args.in_features, input_width(), first + d, 0, S(-1));
-        if (separate) add_row(row, K, workers[i].target_sums, args.out_features, K, first + d, 0, S(-1));
-        add_row(row, K, workers[i].direct.code_sums(), args.out_features, K, first + d, 0, S(1));
+        if (joint) workers[i].input_sums.add_row(row, K, first + d, 0, S(-1));
+        if (separate) workers[i].target_sums.add_row(row, K, first + d, 0, S(-1));
+        workers[i].direct.code_sums().add_row(row, K, first + d, 0, S(1));
       }
       if (!tied) std::memcpy(static_cast<S*>(args.d_decoder_weight) + (first + d) * K, row, K * sizeof(S));
     }
@@ -472,8 +451,7 @@ class Step {
     if (!tied) std::memset(rows, 0, count * code_stride() * sizeof(S));
     for (int64_t d = 0; d < count; ++d)
       for (int i = 0; i < threads; ++i)
-        add_row(rows + d * code_stride(), K, workers[i].input_sums, args.in_features, input_width(), first + d,
-                slope_column(), S(1));
+        workers[i].input_sums.add_row(rows + d * code_stride(), K, first + d, slope_column(), S(1));
     for (int64_t k = 0; k < K; ++k) {
       S* out = static_cast<S*>(args.d_encoder_weight) + k * args.in_features + first;
       for (int64_t d = 0; d < count; ++d) out[d] = rows[d * code_stride() + k];
@@ -484,11 +462,13 @@ class Step {
   const bool tied, separate, joint, wants_code, wants_slope;
   const int threads;
   const int64_t K;
-  Buffer<S> encoder_bias, decoder_bias, gram_data;
+  Buffer<S> encoder_bias, decoder_bias;
   Buffer<S> product_start;                // what a row of X·[Weᵀ, Wd] begins with: [be, 0]
   Buffer<double> code_offset, gram_low;
-  Right<T> input_weights, target_weights;
-  Panels<S> gram{};
+  Weights<T> input_weights, target_weights;
+  Weights<S> gram;
+  Buffer<S> code_products_data;
+  Panels<S> code_products{};              // YᵀY + m (Σy)ᵀ
 };
 
 }  // namespace byol::BYOL_ISA

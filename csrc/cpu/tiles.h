@@ -1,0 +1,422 @@
+// The wide products on a processor with a matrix unit (AMX), which multiplies a tile of 16×32 bf16 with one of 32×16 and adds
+// the products, summed in float, to a tile of 16×16 float.
+//
+// A number of a wider type is a sum of bf16, of as many as hold all its digits: float of 3, f16 of 2. All products of two
+// parts are taken but those below the rounding of float, which are the third's with the second and third: six products for
+// float, so that a sum of products is at least as exact as one of multiply-adds in float, but for numbers below 2^−110, whose
+// last parts are below what bf16 can hold, and products below 2^−126, which are zero.
+//
+// Everything is packed in blocks of 32×32 numbers, for each part two tiles. A left operand's tile holds rows. A right
+// operand's holds pairs of rows, (b[2p, j], b[2p+1, j]) being neighbours: what interleaving two rows makes of them, lane by
+// lane of 128 bits, leaves columns in another order (`place`), in which Xᵀ·V is summed.
+#pragma once
+
+#include "wide.h"
+
+namespace byol::BYOL_ISA {
+
+#ifndef __AMX_BF16__
+
+// What a thread has to hold while it multiplies: nothing.
+struct MatrixUnit {};
+
+#else
+}
+
+#include <immintrin.h>
+
+namespace byol::BYOL_ISA {
+
+// Compilers do not know how much the instructions on tiles read and write.
+inline void in_memory(const void* data) { asm volatile("" : : "r"(data) : "memory"); }
+
+// A thread's tile registers, shaped for the products here; whoever had them shaped before finds them so again.
+class MatrixUnit {
+ public:
+  MatrixUnit() {
+    _tile_storeconfig(before_);
+    struct Configuration {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } all;
+    for (int tile = 0; tile < 8; ++tile) all.row_bytes[tile] = 64, all.rows[tile] = 16;
+    in_memory(&all);
+    _tile_loadconfig(&all);
+  }
+  ~MatrixUnit() {
+    in_memory(before_);
+    if (before_[0]) _tile_loadconfig(before_);
+    else _tile_release();
+  }
+  MatrixUnit(const MatrixUnit&) = delete;
+  MatrixUnit& operator=(const MatrixUnit&) = delete;
+
+ private:
+  alignas(64) uint8_t before_[64];
+};
+
+// How many bf16 a number is the sum of.
+template <class T>
+constexpr int kParts = 3;
+template <>
+inline constexpr int kParts<bf16> = 1;
+template <>
+inline constexpr int kParts<f16> = 2;
+
+constexpr int64_t kEdge = 32, kTile = 16 * 32, kBlock = 2 * kTile;
+
+// Where the columns of a block are after two rows have been interleaved: columns 0–3, 8–11, 16–19, 24–27, then the others.
+constexpr int64_t place(int64_t column) { return column / 4 % 2 * 16 + column / 8 * 4 + column % 4; }
+
+inline __m512 widen(__m256i halves) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
+
+// The parts of 32 numbers, each part's in a register.
+template <int P>
+inline void split(__m512 low, __m512 high, __m512i* parts) {
+#pragma GCC unroll 3
+  for (int p = 0; p < P; ++p) {
+    parts[p] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    if (p + 1 == P) break;
+    low -= widen(_mm512_castsi512_si256(parts[p]));
+    high -= widen(_mm512_extracti64x4_epi64(parts[p], 1));
+  }
+}
+template <int P>
+inline void split(const float* x, __m512i* parts) {
+  split<P>(_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16), parts);
+}
+template <int P>
+inline void split(const f16* x, __m512i* parts) {
+  const __m256i* halves = reinterpret_cast<const __m256i*>(x);
+  split<P>(_mm512_cvtph_ps(_mm256_loadu_si256(halves)), _mm512_cvtph_ps(_mm256_loadu_si256(halves + 1)), parts);
+}
+template <int P>
+inline void split(const bf16* x, __m512i* parts) {
+  parts[0] = _mm512_loadu_si512(x);
+  for (int p = 1; p < P; ++p) parts[p] = _mm512_setzero_si512();
+}
+
+// C[32, 32] += Σ of A's blocks times B's, or C = that sum, C's tiles being `columns` and 16·ldc apart.
+template <int P>
+inline void multiply_blocks(const bf16* a, int64_t a_stride, const bf16* b, int64_t b_stride, int64_t count, float* c,
+                            int64_t ldc, bool add) {
+  const auto left = [&](int part) {
+    _tile_loadd(4, a + part * kBlock, 64);
+    _tile_loadd(5, a + part * kBlock + kTile, 64);
+  };
+  const auto right = [&](int part) {
+    _tile_loadd(6, b + part * kBlock, 64);
+    _tile_loadd(7, b + part * kBlock + kTile, 64);
+  };
+  const auto multiply = [] {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  };
+  float* const lower = c + 16 * ldc;
+  const int64_t bytes = ldc * int64_t(sizeof(float));
+  in_memory(a), in_memory(b), in_memory(c);
+  if (add) {
+    _tile_loadd(0, c, bytes);
+    _tile_loadd(1, c + 16, bytes);
+    _tile_loadd(2, lower, bytes);
+    _tile_loadd(3, lower + 16, bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t i = 0; i < count; ++i, a += a_stride, b += b_stride) {
+    left(0);
+    if (P > 2) right(2), multiply();
+    if (P > 1) {
+      right(1), multiply();
+      left(1), multiply();
+    }
+    right(0), multiply();
+    if (P > 2) left(2), multiply();
+    if (P > 1) left(0), multiply();
+  }
+  _tile_stored(0, c, bytes);
+  _tile_stored(1, c + 16, bytes);
+  _tile_stored(2, lower, bytes);
+  _tile_stored(3, lower + 16, bytes);
+}
+
+// A matrix in blocks: block-row by block-row.
+template <int P>
+class Blocked {
+ public:
+  static int64_t count(int64_t numbers) { return (numbers + kEdge - 1) / kEdge; }
+  void allocate(int64_t rows, int64_t cols) { data_.allocate(count(rows) * count(cols) * P * kBlock); }
+  void shape(int64_t rows, int64_t cols) { rows_ = count(rows), cols_ = count(cols); }
+  explicit operator bool() const { return bool(data_); }
+  int64_t rows() const { return rows_; }
+  int64_t cols() const { return cols_; }
+  bf16* at(int64_t row, int64_t col) const { return data_ + (row * cols_ + col) * P * kBlock; }
+
+ private:
+  Buffer<bf16> data_;
+  int64_t rows_ = 0, cols_ = 0;
+};
+
+// A right operand as it is put together, in float, zero outside.
+class Staged {
+ public:
+  void allocate(int64_t rows, int64_t cols) { data_.allocate(round_up(rows, kEdge) * round_up(cols, kEdge)); }
+  void shape(int64_t rows, int64_t cols) {
+    rows_ = round_up(rows, kEdge), cols_ = round_up(cols, kEdge);
+    if (rows != rows_ || cols != cols_) std::memset(data_, 0, rows_ * cols_ * sizeof(float));
+  }
+  template <class U>
+  void put(const View<U>& source, int64_t first) {
+    constexpr int64_t kStrip = 16;
+    for (int64_t top = 0; top < source.rows; top += kStrip) {
+      const int64_t bottom = min(top + kStrip, source.rows);
+      if (source.col_stride == 1) {
+        for (int64_t r = top; r < bottom; ++r)
+          for (int64_t j = 0; j < source.cols; ++j) data_[r * cols_ + first + j] = load(source.row(r)[j]);
+      } else {
+        for (int64_t j = 0; j < source.cols; ++j)
+          for (int64_t r = top; r < bottom; ++r) data_[r * cols_ + first + j] = load(source.row(r)[j * source.col_stride]);
+      }
+    }
+  }
+  int64_t cols() const { return cols_; }
+  const float* at(int64_t row, int64_t col) const { return data_ + row * cols_ + col; }
+
+ private:
+  Buffer<float> data_;
+  int64_t rows_ = 0, cols_ = 0;
+};
+
+// W: blocks by column, then by row, so that those of a sum follow each other; each holds pairs of rows, columns in order.
+template <class T>
+class TileWeights {
+  static constexpr int P = kParts<T>;
+
+ public:
+  void allocate(int64_t rows, int64_t cols) { staged_.allocate(rows, cols), blocks_.allocate(cols, rows); }
+  void shape(int64_t rows, int64_t cols) { staged_.shape(rows, cols), blocks_.shape(cols, rows); }
+  template <class U>
+  void put(const View<U>& source, int64_t first = 0) {
+    staged_.put(source, first);
+  }
+  void pad() {
+    __m512i even[P], odd[P];
+    for (int64_t col = 0; col < blocks_.rows(); ++col)
+      for (int64_t row = 0; row < blocks_.cols(); ++row)
+        for (int64_t pair = 0; pair < 16; ++pair) {
+          split<P>(staged_.at(row * kEdge + 2 * pair, col * kEdge), even);
+          split<P>(staged_.at(row * kEdge + 2 * pair + 1, col * kEdge), odd);
+          bf16* out = blocks_.at(col, row) + pair * 32;
+          for (int p = 0; p < P; ++p, out += kBlock) {
+            _mm512_storeu_si512(out, _mm512_permutex2var_epi16(even[p], interleaved(0), odd[p]));
+            _mm512_storeu_si512(out + kTile, _mm512_permutex2var_epi16(even[p], interleaved(16), odd[p]));
+          }
+        }
+  }
+  int64_t padded_cols() const { return blocks_.rows() * kEdge; }
+  const Blocked<P>& blocks() const { return blocks_; }
+
+ private:
+  // first, 32 + first, first + 1, 32 + first + 1, …
+  static __m512i interleaved(int first) {
+    const __m512i steps = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_add_epi32(_mm512_mullo_epi32(steps, _mm512_set1_epi32(0x10001)),
+                            _mm512_set1_epi32((32 + first) << 16 | first));
+  }
+
+  Staged staged_;
+  Blocked<P> blocks_;
+};
+
+// Transposes 16×16 numbers of 32 bits.
+inline void transpose(__m512i* rows) {
+  __m512i pairs[16];
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  // Within each 128 bits, a 4×4 transposition of four rows.
+  __m512i fours[16];
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + 2 + j]);
+      fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + 2 + j]);
+    }
+  // Then one of 4×4 pieces of 128 bits.
+  for (int j = 0; j < 4; ++j) {
+    const __m512i a = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0x44), b = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0xee);
+    const __m512i c = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0x44);
+    const __m512i d = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0xee);
+    rows[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+    rows[4 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    rows[8 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
+    rows[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
+}
+
+// V: its transpose as a left operand, whose rows are in the order of `place`.
+template <class T>
+class TileValues {
+  static constexpr int P = kParts<T>;
+
+ public:
+  void allocate(int64_t rows, int64_t cols) { staged_.allocate(rows, cols), blocks_.allocate(cols, rows); }
+  void shape(int64_t rows, int64_t cols) { staged_.shape(rows, cols), blocks_.shape(cols, rows); }
+  void put(const View<float>& source, int64_t first = 0) { staged_.put(source, first); }
+  void pad() {
+    __m512i even[P], odd[P], tiles[P][2][16];
+    for (int64_t col = 0; col < blocks_.rows(); ++col)
+      for (int64_t row = 0; row < blocks_.cols(); ++row) {
+        for (int64_t pair = 0; pair < 16; ++pair) {
+          split<P>(staged_.at(row * kEdge + 2 * pair, col * kEdge), even);
+          split<P>(staged_.at(row * kEdge + 2 * pair + 1, col * kEdge), odd);
+          for (int p = 0; p < P; ++p) {
+            tiles[p][0][pair] = _mm512_unpacklo_epi16(even[p], odd[p]);
+            tiles[p][1][pair] = _mm512_unpackhi_epi16(even[p], odd[p]);
+          }
+        }
+        bf16* out = blocks_.at(col, row);
+        for (int p = 0; p < P; ++p)
+          for (int half = 0; half < 2; ++half, out += kTile) {
+            transpose(tiles[p][half]);
+            for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * 32, tiles[p][half][i]);
+          }
+      }
+  }
+  const Blocked<P>& blocks() const { return blocks_; }
+
+ private:
+  Staged staged_;
+  Blocked<P> blocks_;
+};
+
+// (Tᵀ·V)ᵀ in blocks of 32×32, rows and columns of each in the order of `place`.
+class TileSums {
+ public:
+  void allocate_zeros(int64_t rows, int64_t cols) {
+    row_blocks_ = Blocked<1>::count(rows);
+    data_.allocate_zeros(row_blocks_ * Blocked<1>::count(cols) * kEdge * kEdge);
+  }
+  float* block(int64_t row, int64_t col) const { return data_ + (col * row_blocks_ + row) * kEdge * kEdge; }
+  void add_row(float* out, int64_t count, int64_t row, int64_t col, float sign) const {
+    if (!data_) return;
+    for (int64_t k = 0; k < count; ++k)
+      out[k] += sign * block(row / kEdge, (col + k) / kEdge)[place((col + k) % kEdge) * kEdge + place(row % kEdge)];
+  }
+
+ private:
+  Buffer<float> data_;
+  int64_t row_blocks_ = 0;
+};
+
+// A tile of T, as left operand of T·W and as right operand of Vᵀ·T.
+template <class T>
+class TileLeft {
+  static constexpr int P = kParts<T>;
+  // Blocks of a sum that are taken at a time, so that those of W stay in the first-level cache.
+  static constexpr int64_t kDepth = P == 1 ? 8 : 4;
+
+ public:
+  static constexpr int64_t kRows = kEdge, kBlockRows = 8, kBlockCols = kEdge;
+
+  void allocate(int64_t rows, int64_t cols, bool transposed = true) {
+    rows_.allocate(rows, cols);
+    if (transposed) pairs_.allocate(rows, cols);
+  }
+
+  template <class U, class Visit>
+  void pack(const View<U>& tile, const Visit& visit) {
+    rows_.shape(tile.rows, tile.cols), pairs_.shape(tile.rows, tile.cols);
+    U edge[kBlockRows][kEdge];
+    for (int64_t row = 0; row < rows_.rows() * kEdge; row += kBlockRows)
+      for (int64_t col = 0; col < tile.cols; col += kEdge) {
+        const U* from = tile.data + row * tile.row_stride + col * tile.col_stride;
+        if (row + kBlockRows <= tile.rows && col + kEdge <= tile.cols && tile.col_stride == 1) {
+          // The next rows: each is a stream of its own, too short for the hardware to foresee.
+          for (int64_t i = kBlockRows; i < 2 * kBlockRows; ++i)
+            for (int64_t j = 0; j < kEdge; j += 64 / int64_t(sizeof(U))) __builtin_prefetch(from + i * tile.row_stride + j);
+          pack_rows(from, tile.row_stride, row, col / kEdge);
+        } else {
+          std::memset(edge, 0, sizeof edge);
+          for (int64_t i = 0; i < min(kBlockRows, tile.rows - row); ++i)
+            for (int64_t j = 0; j < min(kEdge, tile.cols - col); ++j)
+              edge[i][j] = from[i * tile.row_stride + j * tile.col_stride];
+          pack_rows(edge[0], kEdge, row, col / kEdge);
+        }
+        visit(row, col);
+      }
+  }
+
+  void multiply(const TileWeights<T>& weights, int64_t first, int64_t cols, float* out, int64_t ldc, Into into) const {
+    for (int64_t depth = 0; depth < rows_.cols(); depth += kDepth)
+      for (int64_t j = 0; j * kEdge < cols; ++j)
+        for (int64_t i = 0; i < rows_.rows(); ++i)
+          multiply_blocks<P>(rows_.at(i, depth), P * kBlock, weights.blocks().at(first / kEdge + j, depth), P * kBlock,
+                             min(kDepth, rows_.cols() - depth), out + i * kEdge * ldc + j * kEdge, ldc,
+                             depth > 0 || into != Into::store);
+  }
+
+  void multiply_transposed(const TileValues<T>& values, const TileSums& sums, int64_t first = 0) const {
+    for (int64_t col = 0; col < pairs_.cols(); ++col)
+      for (int64_t k = first / kEdge; k < values.blocks().rows(); ++k) add_block(values, sums, col, k);
+  }
+
+  void multiply_symmetric(const TileValues<T>& values, const TileSums& sums) const {
+    for (int64_t col = 0; col < pairs_.cols(); ++col)
+      for (int64_t k = col; k < values.blocks().rows(); ++k) add_block(values, sums, col, k);
+  }
+
+ private:
+  void add_block(const TileValues<T>& values, const TileSums& sums, int64_t col, int64_t k) const {
+    multiply_blocks<P>(values.blocks().at(k, 0), P * kBlock, pairs_.at(0, col), pairs_.cols() * P * kBlock, pairs_.rows(),
+                       sums.block(col, k), kEdge, true);
+  }
+
+  // kBlockRows rows of 32 numbers.
+  template <class U>
+  void pack_rows(const U* from, int64_t stride, int64_t row, int64_t block_col) {
+    bf16* out = rows_.at(row / kEdge, block_col) + row % kEdge * 32;
+    bf16* pairs = pairs_.at(row / kEdge, block_col) + row % kEdge / 2 * 32;
+    __m512i even[P], odd[P];
+#pragma GCC unroll 4
+    for (int i = 0; i < kBlockRows; i += 2, out += 2 * 32, pairs += 32) {
+      split<P>(from + i * stride, even);
+      split<P>(from + (i + 1) * stride, odd);
+#pragma GCC unroll 3
+      for (int p = 0; p < P; ++p) {
+        _mm512_storeu_si512(out + p * kBlock, even[p]);
+        _mm512_storeu_si512(out + p * kBlock + 32, odd[p]);
+        if (!pairs_) continue;
+        _mm512_storeu_si512(pairs + p * kBlock, _mm512_unpacklo_epi16(even[p], odd[p]));
+        _mm512_storeu_si512(pairs + p * kBlock + kTile, _mm512_unpackhi_epi16(even[p], odd[p]));
+      }
+    }
+  }
+
+  Blocked<P> rows_, pairs_;
+};
+
+#define BYOL_IN_TILES(T)                                \
+  template <>                                           \
+  class Weights<T> : public TileWeights<T> {};          \
+  template <>                                           \
+  class Values<T> : public TileValues<T> {};            \
+  template <>                                           \
+  class Sums<T> : public TileSums {};                   \
+  template <>                                           \
+  class Left<T> : public TileLeft<T> {};
+
+BYOL_IN_TILES(float)
+BYOL_IN_TILES(bf16)
+BYOL_IN_TILES(f16)
+#undef BYOL_IN_TILES
+
+#endif
+
+}  // namespace byol::BYOL_ISA
