@@ -59,8 +59,8 @@ void forward(const ForwardArgs& args) {
     [[maybe_unused]] const MatrixUnit unit;
     const int64_t stride = encoder.padded_cols();
     Left<T> inputs, codes;
-    inputs.allocate(height, args.in_features, false);
-    codes.allocate(height, K, false);
+    inputs.allocate(height, args.in_features);
+    codes.allocate(height, K);
     Buffer<S> code(height * stride), scratch(height * kOutputCols);
     for_each_tile(args, thread, threads, height, [&](int64_t first, int64_t rows) {
       const View<T> input = input_view<T>(args).slice(first, rows);
@@ -117,7 +117,7 @@ void step_input_gradients(const InputGradientArgs& args) {
   parallel_for(threads, [&](int thread) {
     [[maybe_unused]] const MatrixUnit unit;
     Left<S> packed;
-    packed.allocate(height, inner, false);
+    packed.allocate(height, inner);
     Buffer<S> left(height * inner), scratch(height * kOutputCols);
     for_each_tile(args, thread, threads, height, [&](int64_t first, int64_t rows) {
       const S* code = static_cast<const S*>(args.code) + first * K;
@@ -201,7 +201,7 @@ class Backward {
       inputs.allocate(height, args.in_features);
     }
     if (wants_code) w.decoder_sums.allocate_zeros(args.out_features, K);
-    if (args.d_input) slopes.allocate(height, K, false);
+    if (args.d_input) slopes.allocate(height, K);
     if (args.d_input) scratch.allocate(height * kOutputCols);
     w.slope_sum.allocate_zeros(K);
     w.grad_sum.allocate_zeros(args.out_features);

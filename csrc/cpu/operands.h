@@ -57,7 +57,7 @@ constexpr int64_t pad_rows(int64_t rows) {
 // stays in the second-level cache; the tiles of a thread's share are of nearly equal height.
 template <class T>
 int64_t tile_rows(int64_t share_rows, int64_t features) {
-  const int64_t most = max(96, min(252, (160 * 1024) / max(features, 1)));
+  const int64_t most = max(96, min(256, (160 * 1024) / max(features, 1)));
   const int64_t tiles = max(1, (share_rows + most - 1) / most);
   return pad_rows<T>(max(1, (share_rows + tiles - 1) / tiles));
 }

@@ -86,7 +86,7 @@ class Left<bf16> {
  public:
   static constexpr int64_t kRows = kTileRows, kBlockRows = kTileRows, kBlockCols = kTileRows;
 
-  void allocate(int64_t rows, int64_t cols, bool = true) {
+  void allocate(int64_t rows, int64_t cols) {
     by_column_.allocate(Blocks<float>::size(rows, cols) / 2);
     by_row_.allocate(Blocks<float>::size(rows, cols) / 2);
   }

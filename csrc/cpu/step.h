@@ -80,6 +80,7 @@ class Step {
     Buffer<double> code_sum, centred_sum, slope_sum;            // Σz, Σy, Σ dU
     Statistics<T, Left<T>::kBlockRows, Left<T>::kBlockCols> statistics;                                   // Σ A² of a tile, Σa
     Buffer<double> tile_code_sum, lost;                         // Σz of one tile, and its mean times G's rounding
+    Buffer<double> cross;                                       // Σ z ⊙ (e − q) of one tile
     Direct<T> direct;                                           // of tiles where the Gram form would cancel
   };
 
@@ -194,6 +195,7 @@ class Step {
     w.code_sum.allocate_zeros(K);
     w.tile_code_sum.allocate(K);
     w.lost.allocate(K);
+    w.cross.allocate(K);
     w.slope_sum.allocate_zeros(K);
   }
 
@@ -261,20 +263,20 @@ class Step {
     const S* products = separate ? w.target_product : w.product + (joint ? K : 0);
     const int64_t stride = separate ? target_weights.padded_cols() : input_weights.padded_cols();
     sum_codes(w, tile);
-    double cross = 0;
+    for (int64_t k = 0; k < K; ++k) w.cross[k] = 0;
     for (int64_t r = 0; r < tile.rows; ++r) {
       const S* product = products + r * stride;
       const S* z = w.code + r * code_stride();
       S* e = w.error + r * code_stride();
-      double row_cross = 0;
+#pragma GCC ivdep
       for (int64_t k = 0; k < K; ++k) {
         const double q = double(product[k]) - code_offset[k], error = double(e[k]) + w.lost[k] - q;
         e[k] = S(error);
-        row_cross += double(z[k]) * (error - q);
+        w.cross[k] += double(z[k]) * (error - q);
       }
-      cross += row_cross;
     }
-    const double squared_error = energy.centred + cross;
+    double squared_error = energy.centred;
+    for (int64_t k = 0; k < K; ++k) squared_error += w.cross[k];
     if (takes_direct(energy, squared_error)) return false;
     w.total += squared_error;
     return true;

@@ -153,7 +153,6 @@ class Blocked {
   static int64_t count(int64_t numbers) { return (numbers + kEdge - 1) / kEdge; }
   void allocate(int64_t rows, int64_t cols) { data_.allocate(count(rows) * count(cols) * P * kBlock); }
   void shape(int64_t rows, int64_t cols) { rows_ = count(rows), cols_ = count(cols); }
-  explicit operator bool() const { return bool(data_); }
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
   bf16* at(int64_t row, int64_t col) const { return data_ + (row * cols_ + col) * P * kBlock; }
@@ -315,26 +314,26 @@ class TileSums {
   int64_t row_blocks_ = 0;
 };
 
-// A tile of T, as left operand of T·W and as right operand of Vᵀ·T.
+// A tile of T as a left operand; as a right one, for Vᵀ·T, a block of columns at a time.
 template <class T>
 class TileLeft {
   static constexpr int P = kParts<T>;
-  // Blocks of a sum that are taken at a time, so that those of W stay in the first-level cache.
-  static constexpr int64_t kDepth = P == 1 ? 8 : 4;
+  // Blocks of a sum that are taken at a time, so that those of W stay in a near cache.
+  static constexpr int64_t kDepth = P == 1 ? 16 : 32;
 
  public:
   static constexpr int64_t kRows = kEdge, kBlockRows = 8, kBlockCols = kEdge;
 
-  void allocate(int64_t rows, int64_t cols, bool transposed = true) {
-    rows_.allocate(rows, cols);
-    if (transposed) pairs_.allocate(rows, cols);
+  void allocate(int64_t rows, int64_t cols) {
+    blocks_.allocate(rows, cols);
+    pairs_.allocate(Blocked<P>::count(rows) * P * kBlock);
   }
 
   template <class U, class Visit>
   void pack(const View<U>& tile, const Visit& visit) {
-    rows_.shape(tile.rows, tile.cols), pairs_.shape(tile.rows, tile.cols);
+    blocks_.shape(tile.rows, tile.cols);
     U edge[kBlockRows][kEdge];
-    for (int64_t row = 0; row < rows_.rows() * kEdge; row += kBlockRows)
+    for (int64_t row = 0; row < blocks_.rows() * kEdge; row += kBlockRows)
       for (int64_t col = 0; col < tile.cols; col += kEdge) {
         const U* from = tile.data + row * tile.row_stride + col * tile.col_stride;
         if (row + kBlockRows <= tile.rows && col + kEdge <= tile.cols && tile.col_stride == 1) {
@@ -354,52 +353,60 @@ class TileLeft {
   }
 
   void multiply(const TileWeights<T>& weights, int64_t first, int64_t cols, float* out, int64_t ldc, Into into) const {
-    for (int64_t depth = 0; depth < rows_.cols(); depth += kDepth)
+    for (int64_t depth = 0; depth < blocks_.cols(); depth += kDepth)
       for (int64_t j = 0; j * kEdge < cols; ++j)
-        for (int64_t i = 0; i < rows_.rows(); ++i)
-          multiply_blocks<P>(rows_.at(i, depth), P * kBlock, weights.blocks().at(first / kEdge + j, depth), P * kBlock,
-                             min(kDepth, rows_.cols() - depth), out + i * kEdge * ldc + j * kEdge, ldc,
+        for (int64_t i = 0; i < blocks_.rows(); ++i)
+          multiply_blocks<P>(blocks_.at(i, depth), P * kBlock, weights.blocks().at(first / kEdge + j, depth), P * kBlock,
+                             min(kDepth, blocks_.cols() - depth), out + i * kEdge * ldc + j * kEdge, ldc,
                              depth > 0 || into != Into::store);
   }
 
   void multiply_transposed(const TileValues<T>& values, const TileSums& sums, int64_t first = 0) const {
-    for (int64_t col = 0; col < pairs_.cols(); ++col)
-      for (int64_t k = first / kEdge; k < values.blocks().rows(); ++k) add_block(values, sums, col, k);
+    for (int64_t col = 0; col < blocks_.cols(); ++col) add_products(values, sums, col, first / kEdge);
   }
 
   void multiply_symmetric(const TileValues<T>& values, const TileSums& sums) const {
-    for (int64_t col = 0; col < pairs_.cols(); ++col)
-      for (int64_t k = col; k < values.blocks().rows(); ++k) add_block(values, sums, col, k);
+    for (int64_t col = 0; col < blocks_.cols(); ++col) add_products(values, sums, col, col);
   }
 
  private:
-  void add_block(const TileValues<T>& values, const TileSums& sums, int64_t col, int64_t k) const {
-    multiply_blocks<P>(values.blocks().at(k, 0), P * kBlock, pairs_.at(0, col), pairs_.cols() * P * kBlock, pairs_.rows(),
-                       sums.block(col, k), kEdge, true);
+  // Those of V's blocks of columns from `first` on with a block of T's columns.
+  void add_products(const TileValues<T>& values, const TileSums& sums, int64_t col, int64_t first) const {
+    pair_rows(col);
+    for (int64_t k = first; k < values.blocks().rows(); ++k)
+      multiply_blocks<P>(values.blocks().at(k, 0), P * kBlock, pairs_, P * kBlock, blocks_.rows(), sums.block(col, k), kEdge,
+                         true);
+  }
+
+  // A block of columns as a right operand.
+  void pair_rows(int64_t col) const {
+    bf16* pairs = pairs_;
+    for (int64_t row = 0; row < blocks_.rows(); ++row)
+      for (int p = 0; p < P; ++p, pairs += kBlock) {
+        const bf16* rows = blocks_.at(row, col) + p * kBlock;
+        for (int64_t pair = 0; pair < 16; ++pair) {
+          const __m512i even = _mm512_loadu_si512(rows + pair * 64), odd = _mm512_loadu_si512(rows + pair * 64 + 32);
+          _mm512_storeu_si512(pairs + pair * 32, _mm512_unpacklo_epi16(even, odd));
+          _mm512_storeu_si512(pairs + kTile + pair * 32, _mm512_unpackhi_epi16(even, odd));
+        }
+      }
   }
 
   // kBlockRows rows of 32 numbers.
   template <class U>
   void pack_rows(const U* from, int64_t stride, int64_t row, int64_t block_col) {
-    bf16* out = rows_.at(row / kEdge, block_col) + row % kEdge * 32;
-    bf16* pairs = pairs_.at(row / kEdge, block_col) + row % kEdge / 2 * 32;
-    __m512i even[P], odd[P];
-#pragma GCC unroll 4
-    for (int i = 0; i < kBlockRows; i += 2, out += 2 * 32, pairs += 32) {
-      split<P>(from + i * stride, even);
-      split<P>(from + (i + 1) * stride, odd);
+    bf16* out = blocks_.at(row / kEdge, block_col) + row % kEdge * 32;
+    __m512i parts[P];
+#pragma GCC unroll 8
+    for (int i = 0; i < kBlockRows; ++i, out += 32) {
+      split<P>(from + i * stride, parts);
 #pragma GCC unroll 3
-      for (int p = 0; p < P; ++p) {
-        _mm512_storeu_si512(out + p * kBlock, even[p]);
-        _mm512_storeu_si512(out + p * kBlock + 32, odd[p]);
-        if (!pairs_) continue;
-        _mm512_storeu_si512(pairs + p * kBlock, _mm512_unpacklo_epi16(even[p], odd[p]));
-        _mm512_storeu_si512(pairs + p * kBlock + kTile, _mm512_unpackhi_epi16(even[p], odd[p]));
-      }
+      for (int p = 0; p < P; ++p) _mm512_storeu_si512(out + p * kBlock, parts[p]);
     }
   }
 
-  Blocked<P> rows_, pairs_;
+  Blocked<P> blocks_;
+  Buffer<bf16> pairs_;  // of a block of columns
 };
 
 #define BYOL_IN_TILES(T)                                \

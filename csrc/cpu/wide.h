@@ -65,8 +65,7 @@ class Left {
   // Rows are padded to a multiple of kRows. Packing goes by blocks of this many rows and columns.
   static constexpr int64_t kRows = kTileRows, kBlockRows = kTileRows, kBlockCols = kTileRows;
 
-  // For Tᵀ·V, too, or only for T·W.
-  void allocate(int64_t rows, int64_t cols, bool = true) { data_.allocate(Blocks<S>::size(rows, cols)); }
+  void allocate(int64_t rows, int64_t cols) { data_.allocate(Blocks<S>::size(rows, cols)); }
   // Calls visit(row, col) after each block.
   template <class U, class Visit>
   void pack(const View<U>& tile, const Visit& visit) {
