@@ -41,7 +41,7 @@ void for_each_tile(const LayerArgs& args, int thread, int threads, int64_t heigh
 
 template <class T>
 int64_t tile_height(const LayerArgs& args, int threads) {
-  return tile_rows<T>((args.rows + threads - 1) / threads, max(args.in_features, args.out_features));
+  return tile_rows<T>((args.rows + threads - 1) / threads, max(args.in_features, args.out_features), args.rank);
 }
 
 template <class T>

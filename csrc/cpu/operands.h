@@ -53,11 +53,12 @@ constexpr int64_t pad_rows(int64_t rows) {
   return round_up(rows, max(Left<T>::kRows, Left<Acc<T>>::kRows));
 }
 
-// Rows that one thread takes at a time: enough to hide the traffic of the accumulators, few enough that the packed tile
-// stays in the second-level cache; the tiles of a thread's share are of nearly equal height.
+// Rows that one thread takes at a time: few enough that the packed tile stays in the second-level cache, enough to hide the
+// traffic of weights and accumulators, which grows with the rank; the tiles of a thread's share are of nearly equal height.
 template <class T>
-int64_t tile_rows(int64_t share_rows, int64_t features) {
-  const int64_t most = max(96, min(256, (160 * 1024) / max(features, 1)));
+int64_t tile_rows(int64_t share_rows, int64_t features, int64_t rank) {
+  constexpr int64_t kTileBytes = 640 * 1024;
+  const int64_t least = max(96, min(192, rank)), most = max(least, min(256, kTileBytes / (Left<T>::kBytes * max(features, 1))));
   const int64_t tiles = max(1, (share_rows + most - 1) / most);
   return pad_rows<T>(max(1, (share_rows + tiles - 1) / tiles));
 }

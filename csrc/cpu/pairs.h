@@ -84,6 +84,7 @@ class Values<bf16> : public Weights<bf16> {};
 template <>
 class Left<bf16> {
  public:
+  static constexpr int64_t kBytes = sizeof(float);
   static constexpr int64_t kRows = kTileRows, kBlockRows = kTileRows, kBlockCols = kTileRows;
 
   void allocate(int64_t rows, int64_t cols) {

@@ -144,7 +144,7 @@ class Step {
 
   void run_share(Worker& w, int thread) {
     const int64_t first = share(args.rows, thread, threads), last = share(args.rows, thread + 1, threads);
-    const int64_t height = tile_rows<T>(last - first, max(args.in_features, args.out_features));
+    const int64_t height = tile_rows<T>(last - first, max(args.in_features, args.out_features), K);
     [[maybe_unused]] const MatrixUnit unit;
     allocate(w, height);
     const int64_t count = last - first, samples = min(pad_rows<T>(count / kSampled), height);

@@ -304,9 +304,18 @@ class TileSums {
   }
   float* block(int64_t row, int64_t col) const { return data_ + (col * row_blocks_ + row) * kEdge * kEdge; }
   void add_row(float* out, int64_t count, int64_t row, int64_t col, float sign) const {
-    if (!data_) return;
-    for (int64_t k = 0; k < count; ++k)
-      out[k] += sign * block(row / kEdge, (col + k) / kEdge)[place((col + k) % kEdge) * kEdge + place(row % kEdge)];
+    for (int64_t k = 0; data_ && k < count;) {
+      const float* from = block(row / kEdge, (col + k) / kEdge) + place(row % kEdge);
+      const int64_t first = (col + k) % kEdge, width = min(kEdge - first, count - k);
+      if (width == kEdge) {
+        // All places known beforehand.
+#pragma GCC unroll 32
+        for (int64_t j = 0; j < kEdge; ++j) out[k + j] += sign * from[place(j) * kEdge];
+      } else {
+        for (int64_t j = 0; j < width; ++j) out[k + j] += sign * from[place(first + j) * kEdge];
+      }
+      k += width;
+    }
   }
 
  private:
@@ -322,6 +331,7 @@ class TileLeft {
   static constexpr int64_t kDepth = P == 1 ? 16 : 32;
 
  public:
+  static constexpr int64_t kBytes = P * sizeof(bf16);
   static constexpr int64_t kRows = kEdge, kBlockRows = 8, kBlockCols = kEdge;
 
   void allocate(int64_t rows, int64_t cols) {

@@ -62,7 +62,8 @@ class Left {
   using S = Acc<T>;
 
  public:
-  // Rows are padded to a multiple of kRows. Packing goes by blocks of this many rows and columns.
+  // Rows are padded to a multiple of kRows; packing goes by blocks of this many rows and columns; the bytes of a number.
+  static constexpr int64_t kBytes = sizeof(S);
   static constexpr int64_t kRows = kTileRows, kBlockRows = kTileRows, kBlockCols = kTileRows;
 
   void allocate(int64_t rows, int64_t cols) { data_.allocate(Blocks<S>::size(rows, cols)); }
