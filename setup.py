@@ -27,7 +27,8 @@ FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-
 # file), compiler flags.
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"
 X86 = [
-    ("amx", 64, 12, f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16"),
+    # Linux only, for the system has to be asked for the tiles.
+    *([("amx", 64, 12, f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16")] if sys.platform == "linux" else []),
     ("avx512_bf16", 64, 12, f"{AVX512} -mavx512bf16"),
     ("avx512", 64, 12, AVX512),
     ("avx2", 32, 6, "-mavx2 -mfma -mf16c"),
@@ -38,6 +39,11 @@ OTHERS = [("portable", 16, 12, "")]
 
 def instruction_sets():
     return X86 if platform.machine().lower() in ("x86_64", "amd64") else OTHERS
+
+
+def presence(sets):
+    """Macros that tell dispatch.cpp which instruction sets there are."""
+    return [(f"BYOL_HAS_{name.upper()}", "1") for name, *_ in sets]
 
 
 def _name(extension):
@@ -91,17 +97,30 @@ class BuildExtensions(build_ext):
     def _compile_native(self, extension):
         """Compiles csrc/cpu/kernels.cpp once per instruction set and makes the extension link everything."""
         extension.include_dirs.append("csrc")
-        macros = [("BYOL_X86", "1")] if instruction_sets() is X86 else []
+        sets = [isa for isa in instruction_sets() if self._accepts(isa[-1].split())]
+        macros = presence(sets)
         compiler_name = os.path.basename((getattr(self.compiler, "compiler_cxx", None) or ["unknown"])[0])
         macros.append(("BYOL_COMPILER", json.dumps(compiler_name)))
         jobs = [(source, macros, [], self.build_temp) for source in extension.sources]
-        for name, vector_bytes, tile_rows, flags in instruction_sets():
+        for name, vector_bytes, tile_rows, flags in sets:
             isa = [("BYOL_ISA", name), ("BYOL_VECTOR_BYTES", str(vector_bytes)), ("BYOL_TILE_ROWS", str(tile_rows))]
             jobs.append(("csrc/cpu/kernels.cpp", isa, flags.split(), os.path.join(self.build_temp, name)))
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             objects = [pool.submit(self._compile, extension, *job) for job in jobs]
         extension.extra_objects = [name for job in objects for name in job.result()]
         extension.sources = []
+
+    def _accepts(self, flags):
+        """Whether the compiler has an instruction set: what it is too old for is left out."""
+        probe = Path(self.build_temp, "probe.cpp")
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        try:
+            self.compiler.compile([str(probe)], output_dir=str(probe.parent), extra_postargs=flags)
+        except Exception as error:
+            self.announce(f"the compiler does not know {' '.join(flags)}: {error}", level=3)
+            return False
+        return True
 
     def _compile(self, extension, source, macros, flags, output_dir):
         return self.compiler.compile(

@@ -1,6 +1,7 @@
 #include "dispatch.h"
 
-#ifdef __linux__
+#ifdef BYOL_HAS_AMX
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -10,39 +11,45 @@
 
 namespace byol {
 
-const KernelTable* portable_kernels();
-#ifdef BYOL_X86
-const KernelTable* avx2_kernels();
-const KernelTable* avx512_kernels();
-const KernelTable* avx512_bf16_kernels();
+// Of the instruction sets that the compiler knew, BYOL_HAS_… each.
 const KernelTable* amx_kernels();
-#endif
+const KernelTable* avx512_bf16_kernels();
+const KernelTable* avx512_kernels();
+const KernelTable* avx2_kernels();
+const KernelTable* portable_kernels();
 
 namespace {
 
-#ifdef BYOL_X86
-// Whether the system lets this process use the tile registers: Linux has to be asked, for they make its threads' state large.
-bool may_use_tiles() {
-#ifdef __linux__
+#ifdef BYOL_HAS_AMX
+// Linux has to be asked before a process may use the tile registers, which make the state of its threads large.
+bool has_amx() {
+  constexpr unsigned kTilesAndBf16 = 1u << 24 | 1u << 22;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTilesAndBf16) == kTilesAndBf16 &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
 #endif
+
+#ifdef BYOL_HAS_AVX512
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
 }
 #endif
 
 std::vector<const KernelTable*> runnable() {
   std::vector<const KernelTable*> tables;
-#ifdef BYOL_X86
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq")) {
-    if (__builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") && may_use_tiles())
-      tables.push_back(amx_kernels());
-    if (__builtin_cpu_supports("avx512bf16")) tables.push_back(avx512_bf16_kernels());
-    tables.push_back(avx512_kernels());
-  }
+#ifdef BYOL_HAS_AMX
+  if (has_avx512() && __builtin_cpu_supports("avx512bf16") && has_amx()) tables.push_back(amx_kernels());
+#endif
+#ifdef BYOL_HAS_AVX512_BF16
+  if (has_avx512() && __builtin_cpu_supports("avx512bf16")) tables.push_back(avx512_bf16_kernels());
+#endif
+#ifdef BYOL_HAS_AVX512
+  if (has_avx512()) tables.push_back(avx512_kernels());
+#endif
+#ifdef BYOL_HAS_AVX2
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(avx2_kernels());
 #endif
   tables.push_back(portable_kernels());

@@ -375,31 +375,31 @@ class Step {
 
   // YᵀY + m (Σy)ᵀ, each thread having its own m.
   void finish_code_products(Worker* workers) {
-    code_products_data.allocate_zeros(Panels<S>::size(K, K));
-    code_products = Panels<S>::over(code_products_data, K, K);
-    Buffer<S> row(K);
-    for (int64_t j = 0; j < K; ++j) {
-      std::memset(row, 0, K * sizeof(S));
-      for (int i = 0; i < threads; ++i) workers[i].code_products.add_row(row, K, j, 0, S(1));
-      for (int64_t k = j; k < K; ++k) *code_products.at(j, k) = row[k];
-    }
-    mirror(code_products, K);
+    Buffer<S> products;
+    products.allocate_zeros(K * K);
+    for (int64_t j = 0; j < K; ++j)
+      for (int i = 0; i < threads; ++i) workers[i].code_products.add_row(products + j * K, K, j, 0, S(1));
+    // Summed on and above the diagonal.
+    for (int64_t j = 0; j < K; ++j)
+      for (int64_t k = 0; k < j; ++k) products[j * K + k] = products[k * K + j];
     for (int i = 0; i < threads; ++i)
       for (int64_t j = 0; j < K; ++j)
-        for (int64_t k = 0; k < K; ++k)
-          *code_products.at(j, k) += S(double(workers[i].centre[j]) * workers[i].centred_sum[k]);
+        for (int64_t k = 0; k < K; ++k) products[j * K + k] += S(double(workers[i].centre[j]) * workers[i].centred_sum[k]);
+    load_weights(code_products, View<S>{products, K, 1, K, K});
   }
 
   void finish_weights(Worker* workers, int thread) {
     constexpr int64_t kRows = 8 * kTileRows;
-    Buffer<S> gradient(kRows * code_stride()), block_data;
+    [[maybe_unused]] const MatrixUnit unit;
+    Buffer<S> gradient(kRows * code_stride());
     Buffer<double> residuals(kRows * threads);
-    if (wants_code) block_data.allocate(Blocks<S>::size(kRows, K));
+    Left<S> decoder;
+    if (wants_code) decoder.allocate(kRows, K);
     const int64_t features = max(args.in_features, args.out_features), units = (features + kRows - 1) / kRows;
     for (int64_t unit = share(units, thread, threads); unit < share(units, thread + 1, threads); ++unit) {
       const int64_t first = unit * kRows, outputs = min(kRows, args.out_features - first);
       if (outputs > 0 && (wants_code || args.d_decoder_bias)) sum_residuals(workers, first, outputs, residuals);
-      if (outputs > 0 && wants_code) decoder_gradient(workers, first, outputs, residuals, block_data, gradient);
+      if (outputs > 0 && wants_code) decoder_gradient(workers, first, outputs, residuals, decoder, gradient);
       if (args.d_encoder_weight && first < args.in_features)
         encoder_gradient(workers, first, min(kRows, args.in_features - first), gradient);
     }
@@ -432,8 +432,9 @@ class Step {
   }
 
   // Rows first … first + count of dWd, into `gradient` and, untied, to the caller.
-  void decoder_gradient(Worker* workers, int64_t first, int64_t count, const double* residuals, S* block_data, S* gradient) {
-    multiply(pack_blocks(decoder_view<T>(args).slice(first, count), block_data), code_products, gradient, code_stride());
+  void decoder_gradient(Worker* workers, int64_t first, int64_t count, const double* residuals, Left<S>& decoder, S* gradient) {
+    decoder.pack(decoder_view<T>(args).slice(first, count), visit_nothing);
+    decoder.multiply(code_products, 0, K, gradient, code_stride(), Into::store);
     for (int64_t d = 0; d < count; ++d) {
       S* row = gradient + d * code_stride();
       for (int i = 0; i < threads; ++i) {
@@ -468,9 +469,7 @@ class Step {
   Buffer<S> product_start;                // what a row of X·[Weᵀ, Wd] begins with: [be, 0]
   Buffer<double> code_offset, gram_low;
   Weights<T> input_weights, target_weights;
-  Weights<S> gram;
-  Buffer<S> code_products_data;
-  Panels<S> code_products{};              // YᵀY + m (Σy)ᵀ
+  Weights<S> gram, code_products;         // G; YᵀY + m (Σy)ᵀ
 };
 
 }  // namespace byol::BYOL_ISA

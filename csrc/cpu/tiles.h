@@ -71,9 +71,14 @@ constexpr int64_t place(int64_t column) { return column / 4 % 2 * 16 + column / 
 
 inline __m512 widen(__m256i halves) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
 
+inline __m512 load16(const float* x) { return _mm512_loadu_ps(x); }
+inline __m512 load16(const f16* x) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
+inline __m512 load16(const bf16* x) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
+
 // The parts of 32 numbers, each part's in a register.
-template <int P>
-inline void split(__m512 low, __m512 high, __m512i* parts) {
+template <int P, class U>
+inline void split(const U* x, __m512i* parts) {
+  __m512 low = load16(x), high = load16(x + 16);
 #pragma GCC unroll 3
   for (int p = 0; p < P; ++p) {
     parts[p] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
@@ -82,19 +87,35 @@ inline void split(__m512 low, __m512 high, __m512i* parts) {
     high -= widen(_mm512_extracti64x4_epi64(parts[p], 1));
   }
 }
-template <int P>
-inline void split(const float* x, __m512i* parts) {
-  split<P>(_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16), parts);
-}
-template <int P>
-inline void split(const f16* x, __m512i* parts) {
-  const __m256i* halves = reinterpret_cast<const __m256i*>(x);
-  split<P>(_mm512_cvtph_ps(_mm256_loadu_si256(halves)), _mm512_cvtph_ps(_mm256_loadu_si256(halves + 1)), parts);
-}
-template <int P>
-inline void split(const bf16* x, __m512i* parts) {
+template <>
+inline void split<1>(const bf16* x, __m512i* parts) {
   parts[0] = _mm512_loadu_si512(x);
-  for (int p = 1; p < P; ++p) parts[p] = _mm512_setzero_si512();
+}
+
+// Transposes 16×16 numbers of 32 bits.
+inline void transpose(__m512i* rows) {
+  __m512i pairs[16];
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  // Within each 128 bits, a 4×4 transposition of four rows.
+  __m512i fours[16];
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + 2 + j]);
+      fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + 2 + j]);
+    }
+  // Then one of 4×4 pieces of 128 bits.
+  for (int j = 0; j < 4; ++j) {
+    const __m512i a = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0x44), b = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0xee);
+    const __m512i c = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0x44);
+    const __m512i d = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0xee);
+    rows[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+    rows[4 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    rows[8 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
+    rows[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
 }
 
 // C[32, 32] += Σ of A's blocks times B's, or C = that sum, C's tiles being `columns` and 16·ldc apart.
@@ -179,7 +200,10 @@ class Staged {
         for (int64_t r = top; r < bottom; ++r)
           for (int64_t j = 0; j < source.cols; ++j) data_[r * cols_ + first + j] = load(source.row(r)[j]);
       } else {
-        for (int64_t j = 0; j < source.cols; ++j)
+        int64_t j = 0;
+        if (source.row_stride == 1 && bottom - top == kStrip)
+          for (; j + kStrip <= source.cols; j += kStrip) put_transposed(source.row(top) + j * source.col_stride, source.col_stride, top, first + j);
+        for (; j < source.cols; ++j)
           for (int64_t r = top; r < bottom; ++r) data_[r * cols_ + first + j] = load(source.row(r)[j * source.col_stride]);
       }
     }
@@ -188,6 +212,15 @@ class Staged {
   const float* at(int64_t row, int64_t col) const { return data_ + row * cols_ + col; }
 
  private:
+  // 16 columns of 16 numbers each.
+  template <class U>
+  void put_transposed(const U* source, int64_t col_stride, int64_t row, int64_t col) {
+    __m512i numbers[16];
+    for (int j = 0; j < 16; ++j) numbers[j] = _mm512_castps_si512(load16(source + j * col_stride));
+    transpose(numbers);
+    for (int r = 0; r < 16; ++r) _mm512_storeu_si512(data_ + (row + r) * cols_ + col, numbers[r]);
+  }
+
   Buffer<float> data_;
   int64_t rows_ = 0, cols_ = 0;
 };
@@ -232,32 +265,6 @@ class TileWeights {
   Staged staged_;
   Blocked<P> blocks_;
 };
-
-// Transposes 16×16 numbers of 32 bits.
-inline void transpose(__m512i* rows) {
-  __m512i pairs[16];
-  for (int i = 0; i < 16; i += 2) {
-    pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-  // Within each 128 bits, a 4×4 transposition of four rows.
-  __m512i fours[16];
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      fours[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + 2 + j]);
-      fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + 2 + j]);
-    }
-  // Then one of 4×4 pieces of 128 bits.
-  for (int j = 0; j < 4; ++j) {
-    const __m512i a = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0x44), b = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0xee);
-    const __m512i c = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0x44);
-    const __m512i d = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0xee);
-    rows[j] = _mm512_shuffle_i32x4(a, c, 0x88);
-    rows[4 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    rows[8 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
-    rows[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
-  }
-}
 
 // V: its transpose as a left operand, whose rows are in the order of `place`.
 template <class T>

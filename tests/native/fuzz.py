@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from setup import OTHERS, X86, instruction_sets  # noqa: E402
+from setup import OTHERS, instruction_sets, presence  # noqa: E402
 
 SOURCES = {
     "fuzz": "tests/native/fuzz.cpp",
@@ -48,7 +48,7 @@ def build(mode: Mode, folder: Path) -> Path:
     """The program, compiled into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     common = [mode.compiler, "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", *mode.flags]
-    common += [f"-I{ROOT / 'csrc'}", *(["-DBYOL_X86=1"] if mode.sets is X86 else [])]
+    common += [f"-I{ROOT / 'csrc'}", *(f"-D{name}={value}" for name, value in presence(mode.sets))]
     jobs = {name: [str(ROOT / path)] for name, path in SOURCES.items()}
     for name, vector_bytes, tile_rows, flags in mode.sets:
         macros = [f"-DBYOL_ISA={name}", f"-DBYOL_VECTOR_BYTES={vector_bytes}", f"-DBYOL_TILE_ROWS={tile_rows}"]
