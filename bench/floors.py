@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from .cases import OURS
+from .machine import arithmetic_peak
 
 RESULTS = Path(__file__).with_name("results")
 HEADER = """| dtype, N, D, K | wide products | small products | floor, ms | byol_fast, ms | share of floor | at the floor, over eager | over torch.compile |
@@ -18,8 +19,8 @@ HEADER = """| dtype, N, D, K | wide products | small products | floor, ms | byol
 def row(case: dict, peak: dict[str, float]) -> str:
     """One shape: 8·N·D·K operations in its dtype, 3·N·K² + 3·D·K² in float32, X read once."""
     rows, features, rank, dtype = case["rows"], case["features"], case["rank"], case["dtype"]
-    wide = 8 * rows * features * rank / peak[dtype]
-    small = 3 * (rows + features) * rank**2 / peak["float32"]
+    wide = 8 * rows * features * rank / arithmetic_peak(peak, dtype)
+    small = 3 * (rows + features) * rank**2 / arithmetic_peak(peak, "float32")
     traffic = rows * features * (2 if dtype == "bfloat16" else 4) / peak["copy"]
     floor = max(wide + small, traffic)
     ours, *peers = (case["variants"][name]["p50"] for name in (OURS, "eager", "compiled"))

@@ -43,7 +43,8 @@ def instruction_set() -> str:
 
 
 def peaks() -> dict[str, float]:
-    """Operations a second by dtype, a multiply-add being two; for ``copy``, bytes read and written a second."""
+    """Operations a second by dtype, a multiply-add being two, and ``tiles``, those of bfloat16 in the matrix unit;
+    for ``copy``, bytes read and written a second."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "peak"
         compiler = os.environ.get("CXX", "c++").split()
@@ -52,6 +53,15 @@ def peaks() -> dict[str, float]:
         subprocess.run([*compiler, *flags, source, "-o", str(program)], check=True)
         done = subprocess.run([str(program), str(torch.get_num_threads())], check=True, capture_output=True, text=True)
     return json.loads(done.stdout)
+
+
+# As how many products of bfloat16 the kernels make one of a dtype (csrc/cpu/tiles.h).
+_PRODUCTS = {"float32": 6, "bfloat16": 1}
+
+
+def arithmetic_peak(peak: dict[str, float], dtype: str) -> float:
+    """Operations a second at best, by multiply-adds or dot products or, where there are any, by tiles of bfloat16."""
+    return max(peak[dtype], peak.get("tiles", 0) / _PRODUCTS[dtype])
 
 
 def _processor() -> str:

@@ -1,4 +1,5 @@
-// What this machine can do at best, in JSON: fp32 multiply-adds, bf16 dot products, a copy. peak THREADS
+// What this machine can do at best, in JSON: fp32 multiply-adds, bf16 dot products, bf16 products of tiles, a copy.
+// peak THREADS
 // Each thread keeps independent sums in registers, enough of them to hide the latency of the instruction.
 #include <chrono>
 #include <cstdio>
@@ -9,6 +10,11 @@
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
+#endif
+#if defined(__AMX_BF16__) && defined(__linux__)
+#define TILES
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace {
@@ -24,6 +30,7 @@ typedef float Vector __attribute__((vector_size(kBytes)));
 
 constexpr int kSums = 10;
 constexpr long kRepeats = 10'000'000;
+constexpr long kTileRepeats = 1'000'000;
 constexpr int kTrials = 8;
 constexpr size_t kCopyBytes = size_t(1) << 28;
 
@@ -67,6 +74,34 @@ void dot_product(int) {
 }
 #endif
 
+#ifdef TILES
+// Four sums, as many as hide the latency; the numbers are neither zero nor alike, for a multiplier that idles runs faster.
+void multiply_tiles(int) {
+  alignas(64) struct {
+    unsigned char palette = 1, start = 0, reserved[14] = {};
+    unsigned short row_bytes[16] = {};
+    unsigned char rows[16] = {};
+  } shape;
+  for (int tile = 0; tile < 8; ++tile) shape.row_bytes[tile] = 64, shape.rows[tile] = 16;
+  alignas(64) unsigned short numbers[1024];
+  for (unsigned i = 0; i < 1024; ++i) numbers[i] = static_cast<unsigned short>(0x3f00 | (i * 2654435761u >> 16 & 0x80ff));
+  asm volatile("" : : "r"(&shape), "r"(numbers) : "memory");
+  _tile_loadconfig(&shape);
+  _tile_zero(0), _tile_zero(1), _tile_zero(2), _tile_zero(3);
+  _tile_loadd(4, numbers, 64), _tile_loadd(5, numbers + 512, 64);
+  _tile_loadd(6, numbers, 64), _tile_loadd(7, numbers + 512, 64);
+  for (long i = 0; i < kTileRepeats; ++i) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_release();
+}
+
+bool may_use_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+#endif
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -75,6 +110,10 @@ int main(int argc, char** argv) {
   std::printf("{\"float32\": %.6g", operations * 2 * (kBytes / 4) / best_seconds(threads, multiply_add));
 #ifdef __AVX512BF16__
   std::printf(", \"bfloat16\": %.6g", operations * 64 / best_seconds(threads, dot_product));
+#endif
+#ifdef TILES
+  if (may_use_tiles())
+    std::printf(", \"tiles\": %.6g", double(threads) * kTileRepeats * 4 * 16384 / best_seconds(threads, multiply_tiles));
 #endif
   std::vector<char> from(kCopyBytes, 1), to(kCopyBytes, 2);
   size_t share = kCopyBytes / threads;

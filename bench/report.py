@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .cases import OPERATIONS, OURS
+from .machine import arithmetic_peak
 
 PEERS = ("eager", "compiled", "chunked", "gram")
 LABELS = {"eager": "eager", "compiled": "torch.compile", "chunked": "chunked", "gram": "Gram in PyTorch", OURS: OURS}
@@ -187,7 +188,7 @@ def floor(case: dict, machine: dict) -> float | None:
     if operation.sparse or case["dtype"] not in peak:
         return None
     area = case["rows"] * case["features"]
-    arithmetic = operation.arithmetic * area * case["rank"] / peak[case["dtype"]]
+    arithmetic = operation.arithmetic * area * case["rank"] / arithmetic_peak(peak, case["dtype"])
     return max(arithmetic, operation.traffic * area * BYTES[case["dtype"]] / peak["copy"])
 
 

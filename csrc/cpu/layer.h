@@ -257,22 +257,30 @@ class Backward {
     };
     biases(args.d_encoder_bias, K, &Worker::slope_sum);
     biases(args.d_decoder_bias, args.out_features, &Worker::grad_sum);
-    Buffer<S> row(K);
-    for (int64_t d = 0; args.d_encoder_weight && d < args.in_features; ++d) {
-      sum_row(workers, row, d, true, tied);
-      for (int64_t k = 0; k < K; ++k) static_cast<S*>(args.d_encoder_weight)[k * args.in_features + d] = row[k];
-    }
-    for (int64_t d = 0; args.d_decoder_weight && d < args.out_features; ++d)
-      sum_row(workers, static_cast<S*>(args.d_decoder_weight) + d * K, d, false, true);
+    parallel_for(threads, [&](int thread) {
+      for (int64_t k = share(K, thread, threads); args.d_encoder_weight && k < share(K, thread + 1, threads); ++k)
+        encoder_gradient(workers, k);
+      const int64_t last = share(args.out_features, thread + 1, threads);
+      for (int64_t d = share(args.out_features, thread, threads); args.d_decoder_weight && d < last; ++d)
+        decoder_gradient(workers, d);
+    });
   }
 
-  // Row d of the sums over threads, of the encoder's, the decoder's, or both.
-  void sum_row(Worker* workers, S* row, int64_t d, bool of_encoder, bool of_decoder) const {
-    for (int64_t k = 0; k < K; ++k) row[k] = S(0);
+  // Row k of dWe; tied: of the sum of both roles.
+  void encoder_gradient(Worker* workers, int64_t k) const {
+    S* out = static_cast<S*>(args.d_encoder_weight) + k * args.in_features;
+    for (int64_t d = 0; d < args.in_features; ++d) out[d] = S(0);
     for (int i = 0; i < threads; ++i) {
-      if (of_encoder) workers[i].encoder_sums.add_row(row, K, d, 0, S(1));
-      if (of_decoder) workers[i].decoder_sums.add_row(row, K, d, 0, S(1));
+      workers[i].encoder_sums.add_column(out, args.in_features, 0, k);
+      if (tied) workers[i].decoder_sums.add_column(out, args.in_features, 0, k);
     }
+  }
+
+  // Row d of dWd.
+  void decoder_gradient(Worker* workers, int64_t d) const {
+    S* out = static_cast<S*>(args.d_decoder_weight) + d * K;
+    for (int64_t k = 0; k < K; ++k) out[k] = S(0);
+    for (int i = 0; i < threads; ++i) workers[i].decoder_sums.add_row(out, K, d, 0, S(1));
   }
 
   const BackwardArgs& args;

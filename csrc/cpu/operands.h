@@ -50,7 +50,7 @@ Panels<Acc<T>> packed_panels(const View<T>& source, Buffer<Acc<T>>& data) {
 // Rows of a tile that is packed in its own type or, as codes are, in the accumulation type.
 template <class T>
 constexpr int64_t pad_rows(int64_t rows) {
-  return round_up(rows, max(Left<T>::kRows, Left<Acc<T>>::kRows));
+  return round_up(rows, max(Left<T>::kRows, Left<Code<T>>::kRows));
 }
 
 // Rows that one thread takes at a time: few enough that the packed tile stays in the second-level cache, enough to hide the

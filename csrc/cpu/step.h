@@ -70,12 +70,12 @@ class Step {
     double total = 0;
     bool expects_direct = false;                                // of the next tile
     Left<T> input, target;                                      // packed tiles of X and T
-    Left<S> packed_code;                                        // of Z, then of Y
+    Left<Code<T>> packed_code;                                  // of Z, then of Y
     Values<T> values, target_values;                            // V, the right operands of Xᵀ·V and Tᵀ·V
-    Values<S> code_values;                                      // Y
+    Values<Code<T>> code_values;                                // Y
     Buffer<S> product, target_product, code, slope, error;
     Sums<T> input_sums, target_sums;                            // Xᵀ·V, Tᵀ·V
-    Sums<S> code_products;                                      // YᵀY
+    Sums<Code<T>> code_products;                                // YᵀY
     Buffer<S> centre;                                           // m
     Buffer<double> code_sum, centred_sum, slope_sum;            // Σz, Σy, Σ dU
     Statistics<T, Left<T>::kBlockRows, Left<T>::kBlockCols> statistics;                                   // Σ A² of a tile, Σa
@@ -133,7 +133,7 @@ class Step {
       // The product of tied weights has the encoder's bias in it, too.
       code_offset[j] = bias_sums[j] + (tied && !separate ? double(encoder_bias[j]) : 0.0);
       for (int64_t k = 0; k < K; ++k) {
-        rounded[j * K + k] = S(*products.at(j, k));
+        rounded[j * K + k] = kept<Code<T>>(S(*products.at(j, k)));
         gram_low[j * K + k] = *products.at(j, k) - double(rounded[j * K + k]);
       }
     }
@@ -448,16 +448,12 @@ class Step {
     }
   }
 
-  // Columns first … first + count of dWe = dUᵀX, tied: of the sum of both roles. `rows` holds them as rows: written to the
-  // caller one by one, numbers a row of dWe apart would fall on the same few lines of the cache.
-  void encoder_gradient(Worker* workers, int64_t first, int64_t count, S* rows) {
-    if (!tied) std::memset(rows, 0, count * code_stride() * sizeof(S));
-    for (int64_t d = 0; d < count; ++d)
-      for (int i = 0; i < threads; ++i)
-        workers[i].input_sums.add_row(rows + d * code_stride(), K, first + d, slope_column(), S(1));
+  // Columns first … first + count of dWe = dUᵀX; tied: of the sum of both roles, of which `rows` holds the decoder's.
+  void encoder_gradient(Worker* workers, int64_t first, int64_t count, const S* rows) {
     for (int64_t k = 0; k < K; ++k) {
       S* out = static_cast<S*>(args.d_encoder_weight) + k * args.in_features + first;
-      for (int64_t d = 0; d < count; ++d) out[d] = rows[d * code_stride() + k];
+      for (int64_t d = 0; d < count; ++d) out[d] = tied ? rows[d * code_stride() + k] : S(0);
+      for (int i = 0; i < threads; ++i) workers[i].input_sums.add_column(out, count, first, slope_column() + k);
     }
   }
 
@@ -469,7 +465,8 @@ class Step {
   Buffer<S> product_start;                // what a row of X·[Weᵀ, Wd] begins with: [be, 0]
   Buffer<double> code_offset, gram_low;
   Weights<T> input_weights, target_weights;
-  Weights<S> gram, code_products;         // G; YᵀY + m (Σy)ᵀ
+  Weights<Code<T>> gram;                  // G
+  Weights<S> code_products;               // YᵀY + m (Σy)ᵀ
 };
 
 }  // namespace byol::BYOL_ISA

@@ -20,6 +20,12 @@ namespace byol::BYOL_ISA {
 // What a thread has to hold while it multiplies: nothing.
 struct MatrixUnit {};
 
+// What is left of a number in an operand.
+template <class T>
+Acc<T> kept(Acc<T> x) {
+  return x;
+}
+
 #else
 }
 
@@ -116,6 +122,14 @@ inline void transpose(__m512i* rows) {
     rows[8 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
     rows[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
   }
+}
+
+// What is left of a number in the parts of a type.
+template <class T>
+inline float kept(float x) {
+  float rest = x;
+  for (int p = 0; p < kParts<T>; ++p) rest -= load(store<bf16>(rest));
+  return x - rest;
 }
 
 // C[32, 32] += Σ of A's blocks times B's, or C = that sum, C's tiles being `columns` and 16·ldc apart.
@@ -273,33 +287,64 @@ class TileValues {
 
  public:
   void allocate(int64_t rows, int64_t cols) { staged_.allocate(rows, cols), blocks_.allocate(cols, rows); }
-  void shape(int64_t rows, int64_t cols) { staged_.shape(rows, cols), blocks_.shape(cols, rows); }
-  void put(const View<float>& source, int64_t first = 0) { staged_.put(source, first); }
+  void shape(int64_t rows, int64_t cols) {
+    rows_ = rows, cols_ = cols, is_staged_ = false;
+    blocks_.shape(cols, rows);
+  }
+  // Whole blocks are packed at once.
+  void put(const View<float>& source, int64_t first = 0) {
+    if (first % kEdge || source.cols % kEdge) {
+      if (!is_staged_) staged_.shape(rows_, cols_);
+      is_staged_ = true;
+      staged_.put(source, first);
+    } else {
+      pack(source.data, source.row_stride, first / kEdge, source.cols / kEdge);
+    }
+  }
   void pad() {
-    __m512i even[P], odd[P], tiles[P][2][16];
-    for (int64_t col = 0; col < blocks_.rows(); ++col)
-      for (int64_t row = 0; row < blocks_.cols(); ++row) {
-        for (int64_t pair = 0; pair < 16; ++pair) {
-          split<P>(staged_.at(row * kEdge + 2 * pair, col * kEdge), even);
-          split<P>(staged_.at(row * kEdge + 2 * pair + 1, col * kEdge), odd);
-          for (int p = 0; p < P; ++p) {
-            tiles[p][0][pair] = _mm512_unpacklo_epi16(even[p], odd[p]);
-            tiles[p][1][pair] = _mm512_unpackhi_epi16(even[p], odd[p]);
-          }
-        }
-        bf16* out = blocks_.at(col, row);
-        for (int p = 0; p < P; ++p)
-          for (int half = 0; half < 2; ++half, out += kTile) {
-            transpose(tiles[p][half]);
-            for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * 32, tiles[p][half][i]);
-          }
-      }
+    if (is_staged_) pack(staged_.at(0, 0), staged_.cols(), 0, blocks_.rows());
   }
   const Blocked<P>& blocks() const { return blocks_; }
 
  private:
+  // Columns of V become block-rows from `first` on.
+  void pack(const float* values, int64_t stride, int64_t first, int64_t count) {
+    float edge[kEdge][kEdge];
+    for (int64_t col = 0; col < count; ++col)
+      for (int64_t row = 0; row < blocks_.cols(); ++row) {
+        const float* from = values + row * kEdge * stride + col * kEdge;
+        const int64_t live = min(kEdge, rows_ - row * kEdge);
+        if (live == kEdge) {
+          pack_block(from, stride, blocks_.at(first + col, row));
+        } else {
+          std::memset(edge, 0, sizeof edge);
+          for (int64_t r = 0; r < live; ++r) std::memcpy(edge[r], from + r * stride, sizeof edge[r]);
+          pack_block(edge[0], kEdge, blocks_.at(first + col, row));
+        }
+      }
+  }
+
+  static void pack_block(const float* from, int64_t stride, bf16* out) {
+    __m512i even[P], odd[P], tiles[P][2][16];
+    for (int64_t pair = 0; pair < 16; ++pair, from += 2 * stride) {
+      split<P>(from, even);
+      split<P>(from + stride, odd);
+      for (int p = 0; p < P; ++p) {
+        tiles[p][0][pair] = _mm512_unpacklo_epi16(even[p], odd[p]);
+        tiles[p][1][pair] = _mm512_unpackhi_epi16(even[p], odd[p]);
+      }
+    }
+    for (int p = 0; p < P; ++p)
+      for (int half = 0; half < 2; ++half, out += kTile) {
+        transpose(tiles[p][half]);
+        for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * 32, tiles[p][half][i]);
+      }
+  }
+
   Staged staged_;
   Blocked<P> blocks_;
+  int64_t rows_ = 0, cols_ = 0;
+  bool is_staged_ = false;
 };
 
 // (Tᵀ·V)ᵀ in blocks of 32×32, rows and columns of each in the order of `place`.
@@ -322,6 +367,19 @@ class TileSums {
         for (int64_t j = 0; j < width; ++j) out[k + j] += sign * from[place(first + j) * kEdge];
       }
       k += width;
+    }
+  }
+  void add_column(float* out, int64_t count, int64_t row, int64_t col) const {
+    for (int64_t r = 0; r < count;) {
+      const float* from = block((row + r) / kEdge, col / kEdge) + place(col % kEdge) * kEdge;
+      const int64_t first = (row + r) % kEdge, width = min(kEdge - first, count - r);
+      if (width == kEdge) {
+#pragma GCC unroll 32
+        for (int64_t j = 0; j < kEdge; ++j) out[r + j] += from[place(j)];
+      } else {
+        for (int64_t j = 0; j < width; ++j) out[r + j] += from[place(first + j)];
+      }
+      r += width;
     }
   }
 

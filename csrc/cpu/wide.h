@@ -9,6 +9,22 @@
 
 namespace byol::BYOL_ISA {
 
+// The type in which codes are multiplied with each other and with G: of half-precision data, hi and lo of 16 digits do.
+template <class T>
+struct CodeType {
+  using type = f16;
+};
+template <>
+struct CodeType<float> {
+  using type = float;
+};
+template <>
+struct CodeType<double> {
+  using type = double;
+};
+template <class T>
+using Code = typename CodeType<T>::type;
+
 // W, and in general V.
 template <class T>
 class Weights {
@@ -49,6 +65,11 @@ class Sums {
   // out[0 … count] += sign · the numbers of a row from a column on; nothing when the sums do not exist.
   void add_row(S* out, int64_t count, int64_t row, int64_t col, S sign) const {
     panels_.add_row(out, count, row, col, sign);
+  }
+  // out[0 … count] += the numbers of a column from a row on.
+  void add_column(S* out, int64_t count, int64_t row, int64_t col) const {
+    const S* from = panels_.at(row, col);
+    for (int64_t r = 0; r < count; ++r) out[r] += from[r * kCols<S>];
   }
 
  private:
