@@ -396,7 +396,8 @@ class TileLeft {
   static constexpr int64_t kDepth = P == 1 ? 16 : 32;
 
  public:
-  static constexpr int64_t kBytes = P * sizeof(bf16);
+  // With those of its source, which go through the same cache.
+  static constexpr int64_t kBytes = P * sizeof(bf16) + sizeof(T);
   static constexpr int64_t kRows = kEdge, kBlockRows = 8, kBlockCols = kEdge;
 
   void allocate(int64_t rows, int64_t cols) {
