@@ -87,9 +87,14 @@ void multiply_tiles(int) {
   for (unsigned i = 0; i < 1024; ++i) numbers[i] = static_cast<unsigned short>(0x3f00 | (i * 2654435761u >> 16 & 0x80ff));
   asm volatile("" : : "r"(&shape), "r"(numbers) : "memory");
   _tile_loadconfig(&shape);
-  _tile_zero(0), _tile_zero(1), _tile_zero(2), _tile_zero(3);
-  _tile_loadd(4, numbers, 64), _tile_loadd(5, numbers + 512, 64);
-  _tile_loadd(6, numbers, 64), _tile_loadd(7, numbers + 512, 64);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_loadd(4, numbers, 64);
+  _tile_loadd(5, numbers + 512, 64);
+  _tile_loadd(6, numbers, 64);
+  _tile_loadd(7, numbers + 512, 64);
   for (long i = 0; i < kTileRepeats; ++i) {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);

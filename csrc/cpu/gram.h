@@ -2,8 +2,8 @@
 // not average out in sums over rows.
 #pragma once
 
+#include "operands.h"
 #include "parallel_for.h"
-#include "product.h"
 
 namespace byol::BYOL_ISA {
 
@@ -38,6 +38,45 @@ Panels<double> gram_matrix(int64_t rows, int64_t K, int most_threads, Buffer<dou
   const Panels<double> products = Panels<double>::over(data, K, K);
   mirror(products, K);
   return products;
+}
+
+// The same of a matrix in half precision, in float: its products are exact, and what sums lose is far below its own digits.
+// `out` is [K, K]; on and above the diagonal.
+template <class T>
+void half_gram(const View<T>& matrix, int most_threads, double* out) {
+  constexpr int64_t kRows = 8 * 96;
+  struct Part {
+    Left<T> rows;
+    Values<T> values;
+    Sums<T> sums;
+  };
+  const int64_t K = matrix.cols;
+  const int threads = int(max(1, min(most_threads, matrix.rows * K * K / 400000)));
+  Part* parts = new Part[threads];
+  try {
+    parallel_for(threads, [&](int thread) {
+      [[maybe_unused]] const MatrixUnit unit;
+      Part& part = parts[thread];
+      part.rows.allocate(kRows, K), part.values.allocate(kRows, K), part.sums.allocate_zeros(K, K);
+      const int64_t last = share(matrix.rows, thread + 1, threads);
+      for (int64_t row = share(matrix.rows, thread, threads); row < last; row += kRows) {
+        const View<T> rows = matrix.slice(row, min(kRows, last - row));
+        part.rows.pack(rows, visit_nothing);
+        fill(part.values, rows);
+        part.rows.multiply_symmetric(part.values, part.sums);
+      }
+    });
+    Buffer<Acc<T>> row(K);
+    for (int64_t j = 0; j < K; ++j) {
+      std::memset(row, 0, K * sizeof(Acc<T>));
+      for (int i = 0; i < threads; ++i) parts[i].sums.add_row(row, K, j, 0, 1);
+      for (int64_t k = 0; k < K; ++k) out[j * K + k] = double(row[k]);
+    }
+  } catch (...) {
+    delete[] parts;
+    throw;
+  }
+  delete[] parts;
 }
 
 }  // namespace byol::BYOL_ISA

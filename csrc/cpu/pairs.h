@@ -133,6 +133,7 @@ class Left<bf16> {
         pair_tile<1, R>(by_row_ + col * R / 2, cols_ * R / 2, values.panel(j, 0), rows_ / 2, sums.panels().row(col, j), kCols<float>,
                         Into::add);
   }
+  void multiply_symmetric(const Values<bf16>& values, const Sums<bf16>& sums) const { multiply_transposed(values, sums); }
 
  private:
   static constexpr int R = kTileRows;

@@ -113,17 +113,17 @@ class Step {
     input_weights.pad();
   }
 
-  // G = Wdᵀ Wd and the row vector bd·Wd, which is summed in double as G is. What rounding G takes away is given back for the
-  // mean row of each tile.
+  // G = Wdᵀ Wd and the row vector bd·Wd, which is summed in double. What rounding G takes away is given back for the mean row of
+  // each tile.
   void make_gram(const View<T>& decoder) {
     const auto weight = [&](int64_t d, int64_t k) {
       return load(decoder.data[d * decoder.row_stride + k * decoder.col_stride]);
     };
-    Buffer<double> sums, bias_sums;
-    const Panels<double> products = gram_matrix(args.out_features, K, args.threads, sums, weight);
+    const Buffer<double> products(K * K);
+    gram_products(decoder, products);
+    Buffer<double> bias_sums;
     bias_sums.allocate_zeros(K);
-    for (int64_t d = 0; args.decoder_bias && d < args.out_features; ++d)
-      for (int64_t k = 0; k < K; ++k) bias_sums[k] += double(decoder_bias[d]) * double(weight(d, k));
+    for (int64_t d = 0; args.decoder_bias && d < args.out_features; ++d) add_multiple(decoder_bias[d], decoder, d, bias_sums);
     Buffer<S> rounded(K * K);
     gram_low.allocate(K * K);
     product_start.allocate_zeros(input_weights.padded_cols());
@@ -133,11 +133,35 @@ class Step {
       // The product of tied weights has the encoder's bias in it, too.
       code_offset[j] = bias_sums[j] + (tied && !separate ? double(encoder_bias[j]) : 0.0);
       for (int64_t k = 0; k < K; ++k) {
-        rounded[j * K + k] = kept<Code<T>>(S(*products.at(j, k)));
-        gram_low[j * K + k] = *products.at(j, k) - double(rounded[j * K + k]);
+        // Summed on and above the diagonal.
+        const double product = j < k ? products[j * K + k] : products[k * K + j];
+        rounded[j * K + k] = kept<Code<T>>(S(product));
+        gram_low[j * K + k] = product - double(rounded[j * K + k]);
       }
     }
     load_weights(gram, View<S>{rounded, K, 1, K, K});
+  }
+
+  // sums += factor · a row of Wd.
+  void add_multiple(double factor, const View<T>& decoder, int64_t d, double* sums) const {
+    const T* row = decoder.row(d);
+    if (decoder.col_stride == 1) {
+      for (int64_t k = 0; k < K; ++k) sums[k] += factor * double(load(row[k]));
+    } else {
+      for (int64_t k = 0; k < K; ++k) sums[k] += factor * double(load(row[k * decoder.col_stride]));
+    }
+  }
+
+  void gram_products(const View<T>& decoder, double* products) const {
+    if constexpr (sizeof(T) == 2) {
+      half_gram(decoder, args.threads, products);
+    } else {
+      Buffer<double> sums;
+      const auto weight = [&](int64_t d, int64_t k) { return load(decoder.data[d * decoder.row_stride + k * decoder.col_stride]); };
+      const Panels<double> panels = gram_matrix(args.out_features, K, args.threads, sums, weight);
+      for (int64_t j = 0; j < K; ++j)
+        for (int64_t k = 0; k < K; ++k) products[j * K + k] = *panels.at(j, k);
+    }
   }
 
   // ------------------------------------------------------------------------------------------- once per thread
@@ -420,12 +444,17 @@ class Step {
   }
 
   double dot(const T* weight, int64_t stride, const double* sums) const {
-    constexpr int kSums = 8;
+    return stride == 1 ? dot([&](int64_t k) { return double(load(weight[k])); }, sums)
+                       : dot([&](int64_t k) { return double(load(weight[k * stride])); }, sums);
+  }
+  template <class Weight>
+  double dot(const Weight& weight, const double* sums) const {
+    constexpr int kSums = 16;
     double parts[kSums] = {};
     int64_t k = 0;
     for (; k + kSums <= K; k += kSums)
-      for (int j = 0; j < kSums; ++j) parts[j] += double(load(weight[(k + j) * stride])) * sums[k + j];
-    for (int j = 0; k < K; ++k, ++j) parts[j] += double(load(weight[k * stride])) * sums[k];
+      for (int j = 0; j < kSums; ++j) parts[j] += weight(k + j) * sums[k + j];
+    for (int j = 0; k < K; ++k, ++j) parts[j] += weight(k) * sums[k];
     double total = 0;
     for (double part : parts) total += part;
     return total;

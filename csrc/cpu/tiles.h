@@ -291,15 +291,16 @@ class TileValues {
     rows_ = rows, cols_ = cols, is_staged_ = false;
     blocks_.shape(cols, rows);
   }
-  // Whole blocks are packed at once.
+  template <class U>
+  void put(const View<U>& source, int64_t first = 0) {
+    if (!is_staged_) staged_.shape(rows_, cols_);
+    is_staged_ = true;
+    staged_.put(source, first);
+  }
+  // Whole blocks are packed where they lie.
   void put(const View<float>& source, int64_t first = 0) {
-    if (first % kEdge || source.cols % kEdge) {
-      if (!is_staged_) staged_.shape(rows_, cols_);
-      is_staged_ = true;
-      staged_.put(source, first);
-    } else {
-      pack(source.data, source.row_stride, first / kEdge, source.cols / kEdge);
-    }
+    if (first % kEdge || source.cols % kEdge || source.col_stride != 1) return put<float>(source, first);
+    pack(source.data, source.row_stride, first / kEdge, source.cols / kEdge);
   }
   void pad() {
     if (is_staged_) pack(staged_.at(0, 0), staged_.cols(), 0, blocks_.rows());
