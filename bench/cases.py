@@ -108,7 +108,8 @@ class Case:
         operands = make_operands(
             self.rows, self.features, self.rank, dtype=self.dtype, tied=operation.tied, ratio=self.ratio
         )
-        return operands.present()
+        # As nn.Linear holds its weights.
+        return {name: tensor.contiguous() for name, tensor in operands.present().items()}
 
     def cotangent(self) -> Tensor | None:
         """The gradient that arrives at the output; None where that is a scalar."""

@@ -102,7 +102,7 @@ def test_explain_tells_backend_form_and_reason(backend: str, tied: bool) -> None
     assert str(explanation) == f"backend {backend} (chosen by name), form: {explanation.form}"
 
 
-@pytest.mark.parametrize("instruction_set", ["avx512_bf16", "avx2"])
+@pytest.mark.parametrize("instruction_set", ["amx", "avx512_bf16", "avx2"])
 @pytest.mark.parametrize(
     ("shape", "dtype", "reason"),
     [
@@ -129,7 +129,7 @@ def test_bfloat16_goes_to_pytorch_only_where_it_has_products() -> None:
     assert Crossovers("avx2").reason_for_pytorch(call) is None
 
 
-@pytest.mark.parametrize("instruction_set", ["avx512", "avx2"])
+@pytest.mark.parametrize("instruction_set", ["amx", "avx512", "avx2"])
 def test_what_is_small_is_small_for_every_operation(instruction_set: str) -> None:
     rules, sizes = Crossovers(instruction_set), (1, 30, 300, 3000)
     for dtype, rows, features, rank in itertools.product((torch.float32, torch.bfloat16), sizes, sizes, sizes):

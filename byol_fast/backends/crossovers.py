@@ -52,8 +52,23 @@ _ON_AVX2 = _Operations(
     layer=_Least(32_000_000, 16, 6, outputs=2**23),
     layer_step=_Least(32_000_000, 64, 8),
 )
+# Tiles of bfloat16: PyTorch has them for bfloat16 alone, the kernels for float32 and float16, too.
+_AMX_LAYER = _Least(128_000_000)
+_ON_AMX = _Operations(_Least(8_000_000, 8, 2), _Least(16_000_000, 8, 4), _AMX_LAYER, _AMX_LAYER)
+_BFLOAT16_ON_AMX = _Operations(
+    step=_Least(8_000_000, 8, 3),
+    loss=_Least(8_000_000, 8, 6),
+    layer=None,
+    layer_step=_Least(256_000_000, 64, 8),
+)
 _WITHOUT_PRODUCTS = _Operations(*[_Least(300_000)] * 4)
 _LEAST = {
+    "amx": {
+        torch.float32: _ON_AMX,
+        torch.float64: _ON_AVX512,
+        torch.bfloat16: _BFLOAT16_ON_AMX,
+        torch.float16: _ON_AMX,
+    },
     "avx512": {
         torch.float32: _ON_AVX512,
         torch.float64: _ON_AVX512,
@@ -73,8 +88,8 @@ class Crossovers:
     """The rules for an instruction set of the native core."""
 
     def __init__(self, instruction_set: str) -> None:
-        # What is not AVX-512 goes by what was measured with AVX2.
-        self._least = _LEAST["avx512" if instruction_set.startswith("avx512") else "avx2"]
+        # What was not measured goes by what was measured with AVX2.
+        self._least = _LEAST.get(instruction_set.partition("_")[0], _LEAST["avx2"])
         self._least_of_any = {
             dtype: (min(least.work for least in wants), min(least.rows_per_rank for least in wants))
             for dtype, operations in self._least.items()
