@@ -36,17 +36,6 @@ void load_bias(const void* bias, int64_t count, Buffer<Acc<T>>& out) {
   for (int64_t i = 0; i < count; ++i) out[i] = load(static_cast<const T*>(bias)[i]);
 }
 
-// Packs a matrix into panels of their own, padding included.
-template <class T>
-Panels<Acc<T>> packed_panels(const View<T>& source, Buffer<Acc<T>>& data) {
-  using S = Acc<T>;
-  data.allocate(Panels<S>::size(source.rows, source.cols));
-  const Panels<S> panels = Panels<S>::over(data, source.rows, source.cols);
-  pack_panels(source, panels);
-  zero_padding(panels, source.rows, source.cols);
-  return panels;
-}
-
 // Rows of a tile that is packed in its own type or, as codes are, in the accumulation type.
 template <class T>
 constexpr int64_t pad_rows(int64_t rows) {

@@ -150,8 +150,6 @@ struct Panels {
   S* panel(int64_t i) const { return data + i * stride(); }
   S* row(int64_t r, int64_t panel_index) const { return panel(panel_index) + r * kCols<S>; }
   S* at(int64_t r, int64_t c) const { return row(r, c / kCols<S>) + c % kCols<S>; }
-  // The same panels without their first rows; only the pointer moves.
-  Panels below(int64_t first) const { return {row(first, 0), rows, cols}; }
   // The panels that hold the columns from `first` on, or those before `end`.
   Panels from(int64_t first) const { return {panel(first / kCols<S>), rows, cols - first / kCols<S> * kCols<S>}; }
   Panels until(int64_t end) const { return {data, rows, round_up(end, kCols<S>)}; }

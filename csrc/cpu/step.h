@@ -116,9 +116,6 @@ class Step {
   // G = Wdᵀ Wd and the row vector bd·Wd, which is summed in double. What rounding G takes away is given back for the mean row of
   // each tile.
   void make_gram(const View<T>& decoder) {
-    const auto weight = [&](int64_t d, int64_t k) {
-      return load(decoder.data[d * decoder.row_stride + k * decoder.col_stride]);
-    };
     const Buffer<double> products(K * K);
     gram_products(decoder, products);
     Buffer<double> bias_sums;
@@ -157,8 +154,8 @@ class Step {
       half_gram(decoder, args.threads, products);
     } else {
       Buffer<double> sums;
-      const auto weight = [&](int64_t d, int64_t k) { return load(decoder.data[d * decoder.row_stride + k * decoder.col_stride]); };
-      const Panels<double> panels = gram_matrix(args.out_features, K, args.threads, sums, weight);
+      const Panels<double> panels = gram_matrix(
+          args.out_features, K, args.threads, sums, [&](int64_t d, int64_t k) { return load(decoder.row(d)[k * decoder.col_stride]); });
       for (int64_t j = 0; j < K; ++j)
         for (int64_t k = 0; k < K; ++k) products[j * K + k] = *panels.at(j, k);
     }
@@ -471,7 +468,7 @@ class Step {
         for (int64_t k = 0; k < K; ++k) row[k] += bias * S(workers[i].centred_sum[k]) + residual * workers[i].centre[k];
         if (joint) workers[i].input_sums.add_row(row, K, first + d, 0, S(-1));
         if (separate) workers[i].target_sums.add_row(row, K, first + d, 0, S(-1));
-        workers[i].direct.code_sums().add_row(row, K, first + d, 0, S(1));
+        workers[i].direct.add_code_sums(row, K, first + d);
       }
       if (!tied) std::memcpy(static_cast<S*>(args.d_decoder_weight) + (first + d) * K, row, K * sizeof(S));
     }

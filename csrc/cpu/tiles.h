@@ -126,9 +126,10 @@ inline void transpose(__m512i* rows) {
 
 // What is left of a number in the parts of a type.
 template <class T>
-inline float kept(float x) {
-  float rest = x;
-  for (int p = 0; p < kParts<T>; ++p) rest -= load(store<bf16>(rest));
+inline Acc<T> kept(Acc<T> x) {
+  if (sizeof(T) == 8) return x;
+  Acc<T> rest = x;
+  for (int p = 0; p < kParts<T>; ++p) rest -= load(store<bf16>(float(rest)));
   return x - rest;
 }
 

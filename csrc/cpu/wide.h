@@ -9,18 +9,15 @@
 
 namespace byol::BYOL_ISA {
 
-// The type in which codes are multiplied with each other and with G: of half-precision data, hi and lo of 16 digits do.
+// The type in which codes are multiplied with each other and with G: the accumulation type, but for bf16, which is so coarse that
+// hi and lo of 16 digits do.
 template <class T>
 struct CodeType {
+  using type = Acc<T>;
+};
+template <>
+struct CodeType<bf16> {
   using type = f16;
-};
-template <>
-struct CodeType<float> {
-  using type = float;
-};
-template <>
-struct CodeType<double> {
-  using type = double;
 };
 template <class T>
 using Code = typename CodeType<T>::type;
