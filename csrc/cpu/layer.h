@@ -18,16 +18,12 @@ namespace byol::BYOL_ISA {
 // Columns of a wide result that are formed at a time.
 constexpr int64_t kOutputCols = 32 * kTileRows;
 
-// Y = A·B (+ a bias unless null) for a narrow A and a wide B, block of columns by block of columns: emit(row, first column,
-// values, count).
+// A·B for a narrow A and a wide B, block of columns by block of columns: emit(row, first column, values, count).
 template <class T, class Emit>
-void expand(const Left<T>& a, int64_t rows, const Weights<T>& b, int64_t cols, Pointer<Acc<T>> bias, Pointer<Acc<T>> scratch,
-            const Emit& emit) {
-  using S = Acc<T>;
+void expand(const Left<T>& a, int64_t rows, const Weights<T>& b, int64_t cols, Pointer<Acc<T>> scratch, const Emit& emit) {
   for (int64_t col = 0; col < cols; col += kOutputCols) {
     const int64_t count = min(kOutputCols, cols - col);
-    if (bias) fill_rows<S>(scratch, kOutputCols, rows, bias + col, count);
-    a.multiply(b, col, count, scratch, kOutputCols, bias ? Into::begin : Into::store);
+    a.multiply(b, col, count, scratch, kOutputCols, Into::store);
     for (int64_t r = 0; r < rows; ++r) emit(r, col, scratch + r * kOutputCols, count);
   }
 }
@@ -75,13 +71,14 @@ void forward(const ForwardArgs& args) {
         activate<S>(args.activation, row, row, nullptr, K);
       }
       codes.pack(View<S>{code, stride, 1, rows, K}, visit_nothing);
-      expand(codes, rows, decoder, args.out_features, decoder_bias, scratch, [&](int64_t r, int64_t col, const S* values, int64_t n) {
+      expand(codes, rows, decoder, args.out_features, scratch, [&](int64_t r, int64_t col, const S* values, int64_t n) {
         const T* x = input.data + r * input.row_stride + col;
         T* out = static_cast<T*>(args.output) + (first + r) * args.out_features + col;
+        const S* bias = decoder_bias + col;
         if (args.residual)
-          for (int64_t j = 0; j < n; ++j) out[j] = store<T>(values[j] + load(x[j]));
+          for (int64_t j = 0; j < n; ++j) out[j] = store<T>(values[j] + bias[j] + load(x[j]));
         else
-          for (int64_t j = 0; j < n; ++j) out[j] = store<T>(values[j]);
+          for (int64_t j = 0; j < n; ++j) out[j] = store<T>(values[j] + bias[j]);
       });
     });
   });
@@ -130,7 +127,7 @@ void step_input_gradients(const InputGradientArgs& args) {
         }
         const View<T> input = input_view<T>(args).slice(first, rows);
         packed.pack(View<S>{left, inner, 1, rows, inner}, visit_nothing);
-        expand(packed, rows, input_weights, args.in_features, nullptr, scratch, [&](int64_t r, int64_t col, const S* values, int64_t n) {
+        expand(packed, rows, input_weights, args.in_features, scratch, [&](int64_t r, int64_t col, const S* values, int64_t n) {
           const T* x = input.data + r * input.row_stride + col;
           T* out = static_cast<T*>(args.d_input) + (first + r) * args.in_features + col;
           const S* bias = decoder_bias + col;
@@ -143,7 +140,7 @@ void step_input_gradients(const InputGradientArgs& args) {
       if (args.d_target) {
         const View<T> target = view<T>(args.target.data ? args.target : args.input, args.rows, args.out_features);
         packed.pack(View<S>{code, K, 1, rows, K}, visit_nothing);
-        expand(packed, rows, target_weights, args.out_features, nullptr, scratch, [&](int64_t r, int64_t col, const S* values, int64_t n) {
+        expand(packed, rows, target_weights, args.out_features, scratch, [&](int64_t r, int64_t col, const S* values, int64_t n) {
           const T* t = target.data + (first + r) * target.row_stride + col;
           T* out = static_cast<T*>(args.d_target) + (first + r) * args.out_features + col;
           const S* bias = decoder_bias + col;
@@ -231,7 +228,7 @@ class Backward {
       }
       if (!args.d_input) return;
       slopes.pack(View<S>{slope, stride, 1, rows, K}, visit_nothing);
-      expand(slopes, rows, encoder, args.in_features, nullptr, scratch, [&](int64_t r, int64_t col, const S* values, int64_t n) {
+      expand(slopes, rows, encoder, args.in_features, scratch, [&](int64_t r, int64_t col, const S* values, int64_t n) {
         const T* g = grad.data + r * grad.row_stride + col;
         T* out = static_cast<T*>(args.d_input) + (first + r) * args.in_features + col;
         if (args.residual)

@@ -133,7 +133,7 @@ inline Acc<T> kept(Acc<T> x) {
   return x - rest;
 }
 
-// C[32, 32] += Σ of A's blocks times B's, or C = that sum, C's tiles being `columns` and 16·ldc apart.
+// C[32, 32] += Σ of A's blocks times B's, or C = that sum, C's rows being ldc apart.
 template <int P>
 inline void multiply_blocks(const bf16* a, int64_t a_stride, const bf16* b, int64_t b_stride, int64_t count, float* c,
                             int64_t ldc, bool add) {
@@ -217,7 +217,8 @@ class Staged {
       } else {
         int64_t j = 0;
         if (source.row_stride == 1 && bottom - top == kStrip)
-          for (; j + kStrip <= source.cols; j += kStrip) put_transposed(source.row(top) + j * source.col_stride, source.col_stride, top, first + j);
+          for (; j + kStrip <= source.cols; j += kStrip)
+            put_transposed(source.row(top) + j * source.col_stride, source.col_stride, top, first + j);
         for (; j < source.cols; ++j)
           for (int64_t r = top; r < bottom; ++r) data_[r * cols_ + first + j] = load(source.row(r)[j * source.col_stride]);
       }
