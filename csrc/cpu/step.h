@@ -78,7 +78,7 @@ class Step {
     Sums<Code<T>> code_products;                                // YᵀY
     Buffer<S> centre;                                           // m
     Buffer<double> code_sum, centred_sum, slope_sum;            // Σz, Σy, Σ dU
-    Statistics<T, Left<T>::kBlockRows, Left<T>::kBlockCols> statistics;                                   // Σ A² of a tile, Σa
+    Statistics<T, Left<T>::kBlockRows, Left<T>::kBlockCols> statistics;  // Σ A² of a tile, Σa
     Buffer<double> tile_code_sum, lost;                         // Σz of one tile, and its mean times G's rounding
     Buffer<double> cross;                                       // Σ z ⊙ (e − q) of one tile
     Direct<T> direct;                                           // of tiles where the Gram form would cancel

@@ -29,7 +29,12 @@ Acc<T> kept(Acc<T> x) {
 #else
 }
 
+// GCC warns of its own header.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 namespace byol::BYOL_ISA {
 
