@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract import ACTIVATIONS, DTYPES, make_operands, results
+from contract import ACTIVATIONS, DTYPES, make_operands, relative_error, results
 from sweeps import check_layer, same_bits
+from torch import Tensor
 
 import byol_fast as bf
 from byol_fast import reference
@@ -27,6 +28,17 @@ def test_contract(backend: str, activation: str, dtype: torch.dtype, tied: bool,
 def test_contract_over_shapes(backend: str, shape: tuple[int, int, int, int], bias: bool) -> None:
     operands = make_operands(*shape, bias=bias, target=True)
     check_layer(operands, activation="gelu")
+
+
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+@pytest.mark.parametrize("exponent", [-60, 0, 60])
+def test_float32_keeps_all_of_its_digits(backend: str, exponent: int) -> None:
+    """The contract has a floor that products of 16 digits pass, made of two bfloat16 each; here is none."""
+    operands = make_operands(300, 500, 70, bias=False)
+    operands = replace(operands, input=operands.input * 2.0**exponent)
+    truth = operands.map(Tensor.double).call(reference.bottleneck)
+    ours, eager = (operands.call(function) for function in (bf.bottleneck, reference.bottleneck))
+    assert relative_error(ours, truth) <= 2 * relative_error(eager, truth)
 
 
 @pytest.mark.parametrize("leading", [(), (4,), (2, 3), (0,), (2, 0, 3)], ids=str)
