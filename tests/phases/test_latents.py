@@ -32,18 +32,28 @@ def tuned(digits: tuple[Tensor, Tensor], model: nn.Sequential, dtype: torch.dtyp
     return {"loss": torch.tensor(result.loss), **dict(model.named_parameters())}
 
 
+# Made in the test, after the random numbers are seeded: with other weights in every run, one in many would have a unit
+# of relu so near its kink that rounding decides on which side.
+REST = {
+    "hidden": lambda: [nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)],
+    "no-bias": lambda: [nn.Linear(64, 10, bias=False)],
+    "linear": lambda: [nn.Linear(64, 10)],
+    "relu": lambda: [nn.ReLU(), nn.Linear(64, 10)],
+}
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     ("activation", "tied", "rest"),
     [
-        ("identity", False, [nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)]),
-        ("identity", True, [nn.Linear(64, 10, bias=False)]),
-        ("relu", False, [nn.Linear(64, 10)]),
-        ("tanh", False, [nn.ReLU(), nn.Linear(64, 10)]),
+        ("identity", False, "hidden"),
+        ("identity", True, "no-bias"),
+        ("relu", False, "linear"),
+        ("tanh", False, "relu"),
     ],
 )
 def test_tuning_on_codes_is_tuning_the_model(digits, activation, tied, rest, bias):
-    whole = model(digits, rest, bias, activation=activation, tied=tied)
+    whole = model(digits, REST[rest](), bias, activation=activation, tied=tied)
     cached = tuned(digits, whole, torch.float32, cached=True)
     eager = tuned(digits, whole, torch.float32, cached=False)
     truth = tuned(digits, whole, torch.float64, cached=False)
