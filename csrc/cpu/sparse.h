@@ -109,14 +109,11 @@ class SparseStep {
     const View<T> encoder = encoder_view<T>(args), decoder = decoder_view<T>(args);
     load_bias<T>(args.encoder_bias, K, encoder_bias);
     load_bias<T>(args.decoder_bias, D, decoder_bias);
-    weights.allocate_zeros(D * width);
-    for (int64_t first = 0; first < D; first += kStrip)
-      for (int64_t k = 0; k < K; ++k)
-        for (int64_t d = first; d < min(first + kStrip, D); ++d)
-          weights[d * width + k] = load(encoder.data[k * encoder.row_stride + d]);
-    if (!tied)
-      for (int64_t d = 0; d < D; ++d)
-        for (int64_t k = 0; k < K; ++k) weights[d * width + K + k] = load(decoder.data[d * decoder.row_stride + k]);
+    weights.allocate(D * width);
+    parallel_for(threads, [&](int thread) {
+      for (int64_t first = share(D, thread, threads), last = share(D, thread + 1, threads); first < last; first += kStrip)
+        copy_weights(encoder, decoder, first, min(first + kStrip, last));
+    });
     bias_code.allocate_zeros(K);
     for (int64_t d = 0; d < D; ++d) {
       const double bias = double(decoder_bias[d]);
@@ -124,6 +121,15 @@ class SparseStep {
       for (int64_t k = 0; args.decoder_bias && k < K; ++k) bias_code[k] += bias * double(decoder_row(d)[k]);
     }
     gram = gram_matrix(D, K, args.threads, gram_data, [&](int64_t d, int64_t k) { return decoder_row(d)[k]; });
+  }
+
+  // Rows first … last of [Weᵀ, Wd], zeros after it.
+  void copy_weights(const View<T>& encoder, const View<T>& decoder, int64_t first, int64_t last) const {
+    std::memset(weights + first * width, 0, (last - first) * width * sizeof(S));
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t d = first; d < last; ++d) weights[d * width + k] = load(encoder.data[k * encoder.row_stride + d]);
+    for (int64_t d = first; !tied && d < last; ++d)
+      for (int64_t k = 0; k < K; ++k) weights[d * width + K + k] = load(decoder.data[d * decoder.row_stride + k]);
   }
 
   // Row d of Wd.
@@ -208,22 +214,34 @@ class SparseStep {
 
   // --------------------------------------------------------------------------------------------------- columns
 
-  // X by columns: a counting sort, which keeps the rows of a column in order.
+  // X by columns: a counting sort, which keeps the rows of a column in order. Each thread goes through all of X for its share.
   void transpose() {
     const int64_t stored_count = args.row_starts[args.rows];
     column_starts.allocate_zeros(D + 1);
     column_rows.allocate(stored_count);
     column_values.allocate(stored_count);
-    for (int64_t i = 0; i < stored_count; ++i) ++column_starts[args.columns[i] + 1];
-    for (int64_t d = 0; d < D; ++d) column_starts[d + 1] += column_starts[d];
-    Buffer<int64_t> next(D);
-    std::memcpy(next, column_starts, D * sizeof(int64_t));
-    for (int64_t row = 0; row < args.rows; ++row)
-      for (int64_t i = args.row_starts[row]; i < args.row_starts[row + 1]; ++i) {
-        const int64_t place = next[args.columns[i]]++;
-        column_rows[place] = row;
-        column_values[place] = load(stored()[i]);
+    const Buffer<int64_t> next(D);
+    parallel_for(threads, [&](int thread) {
+      const int64_t first = share(D, thread, threads), last = share(D, thread + 1, threads);
+      int64_t place = 0;
+      for (int64_t i = 0; i < stored_count; ++i) {
+        const int64_t col = args.columns[i];
+        place += col < first;
+        if (col >= first && col < last) ++column_starts[col + 1];
       }
+      for (int64_t col = first; col < last; ++col) {
+        next[col] = place;
+        place += column_starts[col + 1];
+        column_starts[col + 1] = place;
+      }
+      for (int64_t row = 0; row < args.rows; ++row)
+        for (int64_t i = args.row_starts[row]; i < args.row_starts[row + 1]; ++i) {
+          const int64_t col = args.columns[i];
+          if (col < first || col >= last) continue;
+          column_rows[next[col]] = row;
+          column_values[next[col]++] = load(stored()[i]);
+        }
+    });
   }
 
   // The weights' gradients of a thread's share of the columns; `sums` holds ZᵀZ and Σz.
