@@ -30,14 +30,16 @@ def test_contract_over_shapes(backend: str, shape: tuple[int, int, int, int], bi
     check_layer(operands, activation="gelu")
 
 
-@pytest.mark.parametrize("backend", ["native"], indirect=True)
+@pytest.mark.skipif(not bf.backends()["native"].available, reason="there is no native core in this installation")
 @pytest.mark.parametrize("exponent", [-60, 0, 60])
-def test_float32_keeps_all_of_its_digits(backend: str, exponent: int) -> None:
+def test_float32_keeps_all_of_its_digits(exponent: int) -> None:
     """The contract has a floor that products of 16 digits pass, made of two bfloat16 each; here is none."""
     operands = make_operands(300, 500, 70, bias=False)
     operands = replace(operands, input=operands.input * 2.0**exponent)
     truth = operands.map(Tensor.double).call(reference.bottleneck)
-    ours, eager = (operands.call(function) for function in (bf.bottleneck, reference.bottleneck))
+    eager = operands.call(reference.bottleneck)
+    with bf.use_backend("native"):
+        ours = operands.call(bf.bottleneck)
     assert relative_error(ours, truth) <= 2 * relative_error(eager, truth)
 
 
