@@ -55,7 +55,7 @@ def peaks() -> dict[str, float]:
     return json.loads(done.stdout)
 
 
-# As how many products of bfloat16 the kernels make one of a dtype (csrc/cpu/tiles.h).
+# As how many products of bfloat16 the kernels make one of a dtype (csrc/cpu/matrix_unit.h).
 _PRODUCTS = {"float32": 6, "bfloat16": 1}
 
 

@@ -64,9 +64,9 @@ class Direct {
       load_weights(blocks_[i].decoder, decoder.slice(first, count));
       if (wants_code) blocks_[i].code_sums.allocate_zeros(count, args.rank);
     }
+    if (wants_code) code_values_.allocate(height, args.rank);
     load_weights(rows_, decoder.transposed());
     left_code_.allocate(height, args.rank);
-    code_values_.allocate(height, args.rank);
     left_.allocate(height, kResidualCols);
     residual_sum_.allocate_zeros(args.out_features);
     squares_.allocate(kResidualCols);

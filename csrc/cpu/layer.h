@@ -198,8 +198,10 @@ class Backward {
       inputs.allocate(height, args.in_features);
     }
     if (wants_code) w.decoder_sums.allocate_zeros(args.out_features, K);
-    if (args.d_input) slopes.allocate(height, K);
-    if (args.d_input) scratch.allocate(height * kOutputCols);
+    if (args.d_input) {
+      slopes.allocate(height, K);
+      scratch.allocate(height * kOutputCols);
+    }
     w.slope_sum.allocate_zeros(K);
     w.grad_sum.allocate_zeros(args.out_features);
     for_each_tile(args, thread, threads, height, [&](int64_t first, int64_t rows) {

@@ -13,10 +13,10 @@ struct Energy {
 };
 
 // For blocks of so many rows and columns.
-template <class T, int64_t kRows, int64_t kBlockCols>
+template <class T, int64_t kBlockRows, int64_t kBlockCols>
 class Statistics {
   using S = Acc<T>;
-  static constexpr int R = kRows, C = kBlockCols, L = kLanes<S>, V = (C + L - 1) / L, kSpan = V * L;
+  static constexpr int R = kBlockRows, C = kBlockCols, L = kLanes<S>, V = (C + L - 1) / L, kSpan = V * L;
   // Blocks of which a register sums the squares.
   static constexpr int kBlocks = 4;
   typedef S Vector __attribute__((vector_size(BYOL_VECTOR_BYTES), may_alias));
