@@ -13,14 +13,28 @@ namespace byol::BYOL_ISA {
 // Two bf16 numbers that are neighbours along the sum, the first in the low half.
 using Pair = uint32_t;
 
-inline Pair pair(bf16 low, bf16 high) { return Pair(low.bits) | Pair(high.bits) << 16; }
+// Up to 16 neighbours as bf16, zero where the mask is.
+inline __m256i load_bf16(const bf16* from, __mmask16 mask) { return _mm256_maskz_loadu_epi16(mask, from); }
+inline __m256i load_bf16(const float* from, __mmask16 mask) {
+  return (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, from));
+}
 inline bf16 to_bf16(bf16 x) { return x; }
 inline bf16 to_bf16(float x) { return store<bf16>(x); }
+
+inline __m512i pairs(__m256i low, __m256i high) {
+  // With masks, for GCC 12 warns of the others.
+  constexpr __mmask16 all = 0xffff;
+  const __m512i shifted = _mm512_maskz_slli_epi32(all, _mm512_maskz_cvtepu16_epi32(all, high), 16);
+  return _mm512_or_si512(_mm512_maskz_cvtepu16_epi32(all, low), shifted);
+}
+inline Pair pair(bf16 low, bf16 high) { return Pair(low.bits) | Pair(high.bits) << 16; }
+// The first so many of 16.
+inline __mmask16 first_of_16(int64_t count) { return __mmask16(0xffff >> (16 - count)); }
 
 // c[0…R, 0…kCols] (+)= the sum over `pairs` of A's pairs with B's. Pair k of A's row i is at a[i·row_step + k·pair_step]
 // within a block of R/2 pairs; `stride` leads to the next block.
 template <int kRowStep, int kPairStep>
-inline void pair_tile(const Pair* a, int64_t stride, const Pair* b, int64_t pairs, float* c, int64_t ldc, Into into) {
+inline void pair_tile(const Pair* a, int64_t stride, const Pair* b, int64_t pairs, float* c, int64_t ldc, Into into, Ahead& ahead) {
   constexpr int R = kTileRows, L = kLanes<float>, C = kCols<float>;
   __m512 sum[R][2];
 #pragma GCC unroll 16
@@ -29,6 +43,7 @@ inline void pair_tile(const Pair* a, int64_t stride, const Pair* b, int64_t pair
     sum[i][1] = into == Into::begin ? _mm512_loadu_ps(c + i * ldc + L) : _mm512_setzero_ps();
   }
   for (int64_t block = 0; block < pairs; block += R / 2, a += stride) {
+    ahead.fetch();
     for (int k = 0; k < R / 2; ++k, b += C) {
       const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b), b1 = (__m512bh)_mm512_loadu_si512(b + L);
 #pragma GCC unroll 16
@@ -59,12 +74,12 @@ class Weights<bf16> {
   }
   template <class U>
   void put(const View<U>& source, int64_t first = 0) {
-    for (int64_t col = 0; col < source.cols; ++col) {
-      Pair* out = data_ + ((first + col) / C * pairs_) * C + (first + col) % C;
-      const U* from = source.data + col * source.col_stride;
+    if (source.col_stride == 1) {
       for (int64_t r = 0; r < source.rows; r += 2)
-        out[r / 2 * C] = pair(to_bf16(from[r * source.row_stride]),
-                              r + 1 < source.rows ? to_bf16(from[(r + 1) * source.row_stride]) : bf16{0});
+        put_rows(source.row(r), r + 1 < source.rows ? source.row(r + 1) : nullptr, r / 2, source.cols, first);
+    } else {
+      for (int64_t col = 0; col < source.cols; ++col)
+        put_column(source.data + col * source.col_stride, source.row_stride, source.rows, first + col);
     }
   }
   void pad() {}
@@ -74,6 +89,26 @@ class Weights<bf16> {
 
  private:
   static constexpr int C = kCols<float>;
+
+  Pair* at(int64_t pair, int64_t col) const { return data_ + (col / C * pairs_ + pair) * C + col % C; }
+
+  template <class U>
+  void put_rows(const U* low, const U* high, int64_t pair, int64_t cols, int64_t first) {
+    for (int64_t col = 0; col < cols;) {
+      const int64_t count = min(16 - (first + col) % 16, cols - col);
+      const __mmask16 mask = first_of_16(count);
+      const __m256i none = _mm256_setzero_si256();
+      _mm512_mask_storeu_epi32(at(pair, first + col), mask, pairs(load_bf16(low + col, mask), high ? load_bf16(high + col, mask) : none));
+      col += count;
+    }
+  }
+
+  template <class U>
+  void put_column(const U* from, int64_t stride, int64_t rows, int64_t col) {
+    for (int64_t r = 0; r < rows; r += 2, from += 2 * stride)
+      *at(r / 2, col) = pair(to_bf16(from[0]), r + 1 < rows ? to_bf16(from[stride]) : bf16{0});
+  }
+
   Buffer<Pair> data_;
   int64_t rows_ = 0, cols_ = 0, pairs_ = 0;
 };
@@ -85,7 +120,7 @@ template <>
 class Left<bf16> {
  public:
   static constexpr int64_t kBytes = sizeof(float);
-  static constexpr int64_t kRows = kTileRows, kBlockRows = kTileRows, kBlockCols = kTileRows;
+  static constexpr int64_t kRows = kTileRows, kBlockRows = kTileRows, kBlockCols = kStripCols;
 
   void allocate(int64_t rows, int64_t cols) {
     by_column_.allocate(Blocks<float>::size(rows, cols) / 2);
@@ -95,49 +130,86 @@ class Left<bf16> {
   template <class U, class Visit>
   void pack(const View<U>& tile, const Visit& visit) {
     rows_ = round_up(tile.rows, R), cols_ = round_up(tile.cols, R);
-    Pair *columns = by_column_, *rows = by_row_;
-    bf16 block[R][R];
     for (int64_t row = 0; row < rows_; row += R)
-      for (int64_t col = 0; col < cols_; col += R, columns += R * R / 2, rows += R * R / 2) {
-        const int64_t live = max(0, min(R, tile.rows - row)), width = min(R, tile.cols - col);
-        if (live < R || width < R) std::memset(block, 0, sizeof block);
-        for (int64_t i = 0; i < live; ++i) {
-          const U* from = tile.data + (row + i) * tile.row_stride + col * tile.col_stride;
-          __builtin_prefetch(from + R * tile.row_stride);
-          if (width == R && tile.col_stride == 1) {
-            for (int j = 0; j < R; ++j) block[i][j] = to_bf16(from[j]);
-          } else {
-            for (int64_t j = 0; j < width; ++j) block[i][j] = to_bf16(from[j * tile.col_stride]);
-          }
-        }
-        std::memcpy(columns, block, sizeof block);
-        for (int i = 0; i < R / 2; ++i)
-          for (int j = 0; j < R; ++j) rows[i * R + j] = pair(block[2 * i][j], block[2 * i + 1][j]);
+      for (int64_t col = 0; col < cols_; col += kStripCols) {
+        pack_strip(tile, row, col);
         visit(row, col);
       }
   }
 
-  void multiply(const Weights<bf16>& weights, int64_t first, int64_t cols, float* out, int64_t ldc, Into into) const {
+  void multiply(const Weights<bf16>& weights, int64_t first, int64_t cols, float* out, int64_t ldc, Into into,
+                const View<bf16>& next = {}) const {
+    const int64_t panels = (cols + kCols<float> - 1) / kCols<float>;
+    Ahead ahead(next, rows_ / R * (cols_ / R) * panels);
     for (int64_t depth = 0; depth < cols_; depth += 2 * kDepth) {
       const int64_t steps = min(2 * kDepth, cols_ - depth);
-      for (int64_t j = 0; j * kCols<float> < cols; ++j)
+      for (int64_t j = 0; j < panels; ++j)
         for (int64_t row = 0; row < rows_; row += R)
           pair_tile<R / 2, 1>(by_column_ + (row * cols_ + depth * R) / 2, R * R / 2, weights.panel(first / kCols<float> + j, depth / 2), steps / 2,
-                              out + row * ldc + j * kCols<float>, ldc, depth > 0 ? Into::add : into);
+                              out + row * ldc + j * kCols<float>, ldc, depth > 0 ? Into::add : into, ahead);
     }
   }
 
   void multiply_transposed(const Values<bf16>& values, const Sums<bf16>& sums, int64_t first = 0) const {
+    Ahead nothing;
     for (int64_t j = first / kCols<float>; j < values.panel_count(); ++j)
       for (int64_t col = 0; col < cols_; col += R)
         pair_tile<1, R>(by_row_ + col * R / 2, cols_ * R / 2, values.panel(j, 0), rows_ / 2, sums.panels().row(col, j), kCols<float>,
-                        Into::add);
+                        Into::add, nothing);
   }
   void multiply_symmetric(const Values<bf16>& values, const Sums<bf16>& sums) const { multiply_transposed(values, sums); }
 
  private:
   static constexpr int R = kTileRows;
-  static_assert(R % 2 == 0);
+  static_assert(R % 2 == 0 && R <= 16);
+
+  // As product.h does.
+  template <class U>
+  void pack_strip(const View<U>& tile, int64_t row, int64_t col) {
+    const int64_t rows = max(0, min(R, tile.rows - row)), cols = min(kStripCols, tile.cols - col);
+    Pair *columns = by_column_ + (row * cols_ + col * R) / 2, *pairs = by_row_ + (row * cols_ + col * R) / 2;
+    if (tile.col_stride != 1) return pack_elements(tile, row, col, rows, cols, columns, pairs);
+    for (int64_t i = 0; i < R; i += 2, columns += R, pairs += R) {
+      const U *low = tile.row(row + i) + col, *high = low + tile.row_stride;
+      for (int64_t j = 0; j < cols && i < rows; j += 64 / int64_t(sizeof(U))) {
+        __builtin_prefetch(low + R * tile.row_stride + j);
+        __builtin_prefetch(high + R * tile.row_stride + j);
+      }
+      const auto pack = [&](int64_t j, __mmask16 mask) {
+        const __m256i none = _mm256_setzero_si256();
+        pack_block(i < rows ? load_bf16(low + j, mask) : none, i + 1 < rows ? load_bf16(high + j, mask) : none, columns + j * R / 2,
+                   pairs + j * R / 2);
+      };
+      int64_t j = 0;
+      for (; j + R <= cols; j += R) pack(j, first_of_16(R));
+      if (j < cols) pack(j, first_of_16(cols - j));
+    }
+  }
+
+  // The same of any strides, along columns.
+  template <class U>
+  static void pack_elements(const View<U>& tile, int64_t row, int64_t col, int64_t rows, int64_t cols, Pair* columns, Pair* pairs) {
+    bf16* numbers = reinterpret_cast<bf16*>(columns);
+    std::memset(columns, 0, round_up(cols, R) * R * sizeof(bf16));
+    std::memset(pairs, 0, round_up(cols, R) * R * sizeof(bf16));
+    for (int64_t j = 0; j < cols; ++j) {
+      const U* from = tile.row(row) + (col + j) * tile.col_stride;
+      for (int64_t i = 0; i < rows; i += 2, from += 2 * tile.row_stride) {
+        const bf16 low = to_bf16(from[0]), high = i + 1 < rows ? to_bf16(from[tile.row_stride]) : bf16{0};
+        const int64_t block = j / R * R * R, within = j % R;
+        numbers[block + i * R + within] = low, numbers[block + (i + 1) * R + within] = high;
+        pairs[block / 2 + i / 2 * R + within] = pair(low, high);
+      }
+    }
+  }
+
+  // R columns of two rows.
+  static void pack_block(__m256i low, __m256i high, Pair* columns, Pair* pairs) {
+    std::memcpy(columns, &low, R * sizeof(bf16));
+    std::memcpy(columns + R / 2, &high, R * sizeof(bf16));
+    const __m512i both = BYOL_ISA::pairs(low, high);
+    std::memcpy(pairs, &both, R * sizeof(Pair));
+  }
   Buffer<Pair> by_column_, by_row_;
   int64_t rows_ = 0, cols_ = 0;
 };

@@ -91,42 +91,60 @@ struct Blocks {
   int64_t stride() const { return cols * kTileRows; }  // from one block-row to the next
 };
 
+// Columns that are packed at a time: what they are packed into stays in the first-level cache from row to row.
+constexpr int64_t kStripCols = 16 * kTileRows;
+
 inline void visit_nothing(int64_t, int64_t) {}
 
-// Calls visit(row, col) after each block, by its first row and column.
+// Row by row, for rows that lie a power of two apart would drive each other out of the first-level cache.
+template <class T>
+void pack_strip(const T* source, int64_t stride, int64_t rows, int64_t cols, Acc<T>* out) {
+  using S = Acc<T>;
+  constexpr int R = kTileRows;
+  for (int64_t i = 0; i < rows; ++i, source += stride, out += R) {
+    // The rows of the next strip: each is a stream of its own, too short for the hardware to foresee.
+    for (int64_t j = 0; j < cols; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(source + R * stride + j);
+    int64_t col = 0;
+    for (; col + R <= cols; col += R) {
+      S* block = out + col * R;
+      if constexpr (sizeof(T) == sizeof(S)) {
+        std::memcpy(block, source + col, R * sizeof(S));
+      } else {
+        for (int j = 0; j < R; ++j) block[j] = load(source[col + j]);
+      }
+    }
+    for (int64_t j = col; j < cols; ++j) out[col * R + j - col] = load(source[j]);
+  }
+}
+
+// The same of any strides, along columns.
+template <class T>
+void pack_strip(const View<T>& source, int64_t row, int64_t col, int64_t rows, int64_t cols, Acc<T>* out) {
+  constexpr int R = kTileRows;
+  for (int64_t j = 0; j < cols; ++j) {
+    const T* from = source.row(row) + (col + j) * source.col_stride;
+    for (int64_t i = 0; i < rows; ++i) out[j / R * R * R + i * R + j % R] = load(from[i * source.row_stride]);
+  }
+}
+
+// Calls visit(row, col) after each strip of kTileRows rows and kStripCols columns, by its first row and column.
 template <class T, class Visit>
 Blocks<Acc<T>> pack_blocks(const View<T>& source, Acc<T>* data, const Visit& visit) {
   using S = Acc<T>;
   constexpr int R = kTileRows;
   const Blocks<S> blocks{data, round_up(source.rows, R), round_up(source.cols, R)};
-  S* out = data;
-  for (int64_t row = 0; row < blocks.rows; row += R) {
-    const int64_t live = min(R, source.rows - row);
-    const T* top = source.data + row * source.row_stride;
-    for (int64_t col = 0; col < blocks.cols; col += R, out += R * R) {
-      if (live == R && col + R <= source.cols && source.col_stride == 1) {
-        for (int i = 0; i < R; ++i) {
-          const T* from = top + i * source.row_stride + col;
-          // The rows of the next block-row: each is a stream of its own, too short for the hardware to foresee.
-          __builtin_prefetch(from + R * source.row_stride);
-          // In whole registers: what is copied too much is overwritten by what comes next.
-          constexpr int kSpan = (R + kLanes<S> - 1) / kLanes<S> * kLanes<S>;
-          if (sizeof(T) == sizeof(S) && col + kSpan <= source.cols) {
-            std::memcpy(out + i * R, from, kSpan * sizeof(S));
-          } else {
-            for (int j = 0; j < R; ++j) out[i * R + j] = load(from[j]);
-          }
-        }
+  for (int64_t row = 0; row < blocks.rows; row += R)
+    for (int64_t col = 0; col < blocks.cols; col += kStripCols) {
+      const int64_t rows = max(0, min(R, source.rows - row)), cols = min(kStripCols, source.cols - col);
+      S* out = data + row * blocks.cols + col * R;
+      if (rows < R || cols % R) std::memset(out, 0, round_up(cols, R) * R * sizeof(S));
+      if (source.col_stride == 1) {
+        pack_strip(source.row(row) + col, source.row_stride, rows, cols, out);
       } else {
-        for (int i = 0; i < R; ++i)
-          for (int j = 0; j < R; ++j)
-            out[i * R + j] = i < live && col + j < source.cols
-                                 ? load(top[i * source.row_stride + (col + j) * source.col_stride])
-                                 : S(0);
+        pack_strip(source, row, col, rows, cols, out);
       }
       visit(row, col);
     }
-  }
   return blocks;
 }
 
@@ -214,10 +232,35 @@ void zero_padding(const Panels<S>& panels, int64_t rows, int64_t cols) {
 // added to a rounded sum, it would be rounded the same way in every row, which does not average out over rows.
 enum class Into { store, add, begin };
 
+// Rows that will be packed next, fetched into the second-level cache a few lines at a time while a product is computed.
+class Ahead {
+ public:
+  Ahead() = default;
+  // While so many blocks are multiplied. Rows that do not follow each other are left to the processor.
+  template <class T>
+  Ahead(const View<T>& rows, int64_t blocks) {
+    if (rows.row_stride != rows.cols || rows.col_stride != 1 || rows.rows <= 0) return;
+    const int64_t lines = (rows.rows * rows.cols * int64_t(sizeof(T)) + kLine - 1) / kLine;
+    next_ = reinterpret_cast<const char*>(rows.data);
+    end_ = next_ + lines * kLine;
+    step_ = (lines + blocks - 1) / blocks * kLine;
+  }
+  // With each block.
+  void fetch() {
+    for (const char* last = next_ + step_; next_ < last; next_ += kLine) __builtin_prefetch(next_, 0, 2);
+    if (next_ >= end_) step_ = 0;
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char *next_ = nullptr, *end_ = nullptr;
+  int64_t step_ = 0;
+};
+
 // c[0…R, 0…kCols] (+)= Σ over `depth` of the outer products of A (or Aᵀ) with B. `depth` is a multiple of R; `stride` leads
 // from one block of A to the next along the sum.
 template <class S, bool kTransposed>
-inline void register_tile(const S* a, int64_t stride, const S* b, int64_t depth, S* c, int64_t ldc, Into into) {
+inline void register_tile(const S* a, int64_t stride, const S* b, int64_t depth, S* c, int64_t ldc, Into into, Ahead& ahead) {
   typedef S Vector __attribute__((vector_size(BYOL_VECTOR_BYTES), aligned(alignof(S)), may_alias));
   constexpr int R = kTileRows, L = kLanes<S>, C = kCols<S>;
   Vector sum[R][2];
@@ -228,6 +271,7 @@ inline void register_tile(const S* a, int64_t stride, const S* b, int64_t depth,
     sum[i][1] = into == Into::begin ? start[1] : Vector{};
   }
   for (int64_t block = 0; block < depth; block += R, a += stride) {
+    ahead.fetch();
     for (int k = 0; k < R; ++k, b += C) {
       const S* column = kTransposed ? a + k * R : a + k;
       const Vector b0 = *reinterpret_cast<const Vector*>(b), b1 = *reinterpret_cast<const Vector*>(b + L);
@@ -249,35 +293,38 @@ inline void register_tile(const S* a, int64_t stride, const S* b, int64_t depth,
 
 // C[a.rows, b.cols] = A·B, row-major with row stride ldc; or added to it, or begun with it.
 template <class S>
-void multiply(const Blocks<S>& a, const Panels<S>& b, Pointer<S> c, int64_t ldc, Into into = Into::store) {
+void multiply(const Blocks<S>& a, const Panels<S>& b, Pointer<S> c, int64_t ldc, Into into = Into::store, Ahead ahead = {}) {
   for (int64_t depth = 0; depth < a.cols; depth += kDepth) {
     const int64_t steps = min(kDepth, a.cols - depth);
     for (int64_t j = 0; j < b.count(); ++j)
       for (int64_t row = 0; row < a.rows; row += kTileRows)
         register_tile<S, false>(a.data + row * a.cols + depth * kTileRows, kTileRows * kTileRows, b.row(depth, j), steps,
-                                c + row * ldc + j * kCols<S>, ldc, depth > 0 ? Into::add : into);
+                                c + row * ldc + j * kCols<S>, ldc, depth > 0 ? Into::add : into, ahead);
   }
 }
 
 // C[a.cols, b.cols] += Aᵀ·B, C in panels; a.rows is the sum.
 template <class S>
 void multiply_transposed(const Blocks<S>& a, const Panels<S>& b, const Panels<S>& c) {
+  Ahead nothing;
   for (int64_t depth = 0; depth < a.rows; depth += kDepth) {
     const int64_t steps = min(kDepth, a.rows - depth);
     for (int64_t j = 0; j < b.count(); ++j)
       for (int64_t col = 0; col < a.cols; col += kTileRows)
         register_tile<S, true>(a.data + depth * a.cols + col * kTileRows, a.stride(), b.row(depth, j), steps,
-                               c.row(col, j), kCols<S>, Into::add);
+                               c.row(col, j), kCols<S>, Into::add, nothing);
   }
 }
 
 // C += Aᵀ·A, given A in blocks and in panels; below the diagonal, only what shares a tile with it is right.
 template <class S>
 void multiply_symmetric(const Blocks<S>& a, const Panels<S>& b, const Panels<S>& c) {
+  Ahead nothing;
   for (int64_t j = 0; j < b.count(); ++j) {
     const int64_t end = min(a.cols, round_up((j + 1) * kCols<S>, kTileRows));
     for (int64_t col = 0; col < end; col += kTileRows)
-      register_tile<S, true>(a.data + col * kTileRows, a.stride(), b.row(0, j), a.rows, c.row(col, j), kCols<S>, Into::add);
+      register_tile<S, true>(a.data + col * kTileRows, a.stride(), b.row(0, j), a.rows, c.row(col, j), kCols<S>, Into::add,
+                             nothing);
   }
 }
 

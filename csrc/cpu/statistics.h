@@ -1,7 +1,6 @@
 // What a tile of targets is beside the decoder's bias: Σ (t − bd)² and Σ (t − bd), and from both Σ t².
 //
-// Collected block by block while the tile is being packed, when its lines are in the first-level cache anyway. A row of a
-// block is read as whole vectors; what their other lanes hold is summed, too, and never looked at.
+// Collected block by block while the tile is being packed, when its lines are in a near cache anyway.
 #pragma once
 
 #include "product.h"
@@ -12,103 +11,92 @@ struct Energy {
   double centred = 0, raw = 0;  // Σ (t − bd)², Σ t²
 };
 
-// For blocks of so many rows and columns.
+// For blocks of so many rows and columns, of a matrix whose rows are contiguous.
 template <class T, int64_t kBlockRows, int64_t kBlockCols>
 class Statistics {
   using S = Acc<T>;
-  static constexpr int R = kBlockRows, C = kBlockCols, L = kLanes<S>, V = (C + L - 1) / L, kSpan = V * L;
-  // Blocks of which a register sums the squares.
-  static constexpr int kBlocks = 4;
-  typedef S Vector __attribute__((vector_size(BYOL_VECTOR_BYTES), may_alias));
+  static constexpr int L = kLanes<S>;
+  // Vectors that are read at a time, and sums of squares.
+  static constexpr int kVectors = kBlockCols / L < 4 ? kBlockCols / L : 4;
+  typedef S Vector __attribute__((vector_size(BYOL_VECTOR_BYTES), aligned(alignof(S)), may_alias));
 
  public:
   // `bias` has to outlive this.
   void allocate(const S* bias, int64_t cols) {
-    cols_ = cols, bias_ = bias;
-    biases_.allocate_zeros(size()), tile_.allocate(size()), total_.allocate_zeros(size());
-    for (int64_t d = 0; d < cols; ++d) biases_[place(d)] = bias[d];
+    bias_ = bias, cols_ = cols;
+    tile_.allocate(cols), total_.allocate_zeros(cols);
   }
 
   void begin_tile() {
-    std::memset(tile_, 0, size() * sizeof(double));
-    for (int j = 0; j < kSpan; ++j) squares_[j] = 0, energy_[j] = 0;
-    blocks_ = 0;
+    std::memset(tile_, 0, cols_ * sizeof(double));
+    for (double& energy : energy_) energy = 0;
   }
 
   // The block of a tile whose first number is at this row and column.
   void add(const View<T>& tile, int64_t row, int64_t col) {
-    const T* first = tile.data + row * tile.row_stride + col * tile.col_stride;
-    const int64_t at = col / C * kSpan;
-    const bool whole = row + R <= tile.rows && col + kSpan <= tile.cols && tile.col_stride == 1;
-    alignas(64) S sums[kSpan] = {};
-    if (whole) {
-      Vector sum[V] = {}, square[V];
-      for (int v = 0; v < V; ++v) square[v] = reinterpret_cast<const Vector*>(squares_)[v];
-#pragma GCC unroll 16
-      for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-          Vector difference;
-          load_vector(first + i * tile.row_stride + v * L, difference);
-          difference -= reinterpret_cast<const Vector*>(biases_ + at)[v];
-          sum[v] += difference;
-          square[v] += difference * difference;
-        }
-      for (int v = 0; v < V; ++v) {
-        reinterpret_cast<Vector*>(squares_)[v] = square[v];
-        reinterpret_cast<Vector*>(sums)[v] = sum[v];
+    const View<T> block{tile.row(row) + col, tile.row_stride, 1, min(kBlockRows, tile.rows - row), min(kBlockCols, tile.cols - col)};
+    Vector squares[kVectors] = {};
+    int64_t j = 0;
+    for (; j + kVectors * L <= block.cols; j += kVectors * L) add_columns<kVectors>(block, col, j, squares);
+    for (; j + L <= block.cols; j += L) add_columns<1>(block, col, j, squares);
+    for (; j < block.cols; ++j)
+      for (int64_t i = 0; i < block.rows; ++i) {
+        const S difference = load(block.row(i)[j]) - bias_[col + j];
+        tile_[col + j] += double(difference);
+        energy_[0] += double(difference) * double(difference);
       }
-    } else {
-      for (int i = 0; i < min(R, tile.rows - row); ++i)
-        for (int j = 0; j < min(C, tile.cols - col); ++j) {
-          const S difference = load(first[i * tile.row_stride + j * tile.col_stride]) - biases_[at + j];
-          sums[j] += difference;
-          squares_[j] += difference * difference;
-        }
-    }
-    for (int j = 0; j < kSpan; ++j) tile_[at + j] += double(sums[j]);
-    if (++blocks_ % kBlocks == 0) move_squares();
+    for (const Vector& square : squares)
+      for (int l = 0; l < L; ++l) energy_[l] += double(square[l]);
   }
 
   // Of the tile, with this many rows.
-  Energy energy(int64_t rows) {
-    move_squares();
+  Energy energy(int64_t rows) const {
     Energy energy;
-    for (int j = 0; j < C; ++j) energy.centred += energy_[j];
+    for (double part : energy_) energy.centred += part;
     energy.raw = energy.centred;
     for (int64_t d = 0; d < cols_; ++d)
-      energy.raw += double(bias_[d]) * (2 * tile_[place(d)] + double(rows) * double(bias_[d]));
+      energy.raw += double(bias_[d]) * (2 * tile_[d] + double(rows) * double(bias_[d]));
     return energy;
   }
 
   // Adds the tile's Σ (t − bd) to the sum of all tiles.
   void keep_tile() {
-    for (int64_t i = 0; i < size(); ++i) total_[i] += tile_[i];
+    for (int64_t d = 0; d < cols_; ++d) total_[d] += tile_[d];
   }
-  double sum(int64_t d) const { return total_[place(d)]; }
+  double sum(int64_t d) const { return total_[d]; }
 
  private:
-  int64_t size() const { return (cols_ + C - 1) / C * kSpan; }
-  static int64_t place(int64_t d) { return d / C * kSpan + d % C; }
+  // N vectors of columns from j on.
+  template <int N>
+  void add_columns(const View<T>& block, int64_t col, int64_t j, Vector* squares) {
+    Vector bias[N], sums[N] = {};
+    for (int v = 0; v < N; ++v) std::memcpy(&bias[v], bias_ + col + j + v * L, sizeof bias[v]);
+    for (int64_t i = 0; i < block.rows; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < N; ++v) {
+        const Vector difference = load_vector(block.row(i) + j + v * L) - bias[v];
+        sums[v] += difference;
+        squares[v] += difference * difference;
+      }
+    double* out = tile_ + col + j;
+    for (int v = 0; v < N; ++v)
+      for (int l = 0; l < L; ++l) out[v * L + l] += double(sums[v][l]);
+  }
 
-  static void load_vector(const T* t, Vector& out) {
+  static Vector load_vector(const T* t) {
+    Vector out;
     if constexpr (sizeof(T) == sizeof(S)) {
       std::memcpy(&out, t, sizeof out);
     } else {
-      for (int j = 0; j < L; ++j) out[j] = load(t[j]);
+      for (int l = 0; l < L; ++l) out[l] = load(t[l]);
     }
+    return out;
   }
 
-  void move_squares() {
-    for (int j = 0; j < kSpan; ++j) energy_[j] += double(squares_[j]), squares_[j] = 0;
-  }
-
-  int64_t cols_ = 0, blocks_ = 0;
   const S* bias_ = nullptr;
-  Buffer<S> biases_;              // [blocks, kSpan], as both sums
+  int64_t cols_ = 0;
   Buffer<double> tile_, total_;
-  alignas(64) S squares_[kSpan];  // of the last blocks
-  double energy_[kSpan];
+  double energy_[L];
 };
 
 }  // namespace byol::BYOL_ISA

@@ -85,7 +85,7 @@ class Step {
   };
 
   struct Tile {
-    int64_t first, rows, padded;
+    int64_t first, rows, padded, next;  // first row, rows, with padding, and rows of the tile that follows
   };
 
   View<T> target_view() const {
@@ -169,11 +169,11 @@ class Step {
     [[maybe_unused]] const MatrixUnit unit;
     allocate(w, height);
     const int64_t count = last - first, samples = min(pad_rows<T>(count / kSampled), height);
-    if (wants_code && count >= kSampled / 2 * kTileRows) choose_centre(w, first, count, samples);
+    if (wants_code && count >= kSampled / 2 * kTileRows) choose_centre(w, first, count, samples, height);
     w.expects_direct = args.form == Form::direct;
     for (int64_t row = first; row < last; row += height) {
       const int64_t rows = min(height, last - row);
-      run_tile(w, {row, rows, pad_rows<T>(rows)});
+      run_tile(w, {row, rows, pad_rows<T>(rows), min(height, last - row - rows)});
     }
   }
 
@@ -221,11 +221,11 @@ class Step {
   }
 
   // m: the mean code of a few rows from all over a thread's share.
-  void choose_centre(Worker& w, int64_t first, int64_t count, int64_t samples) const {
+  void choose_centre(Worker& w, int64_t first, int64_t count, int64_t samples, int64_t height) const {
     View<T> rows = input_view<T>(args).slice(first, samples);
     rows.row_stride *= count / samples;
     w.input.pack(rows, visit_nothing);
-    multiply_input(w, samples, K);
+    multiply_input(w, samples, K, input_view<T>(args).slice(first, min(height, count)));
     for (int64_t r = 0; r < samples; ++r) {
       activate<S>(args.activation, w.product + r * input_weights.padded_cols(), w.code, nullptr, K);
       for (int64_t k = 0; k < K; ++k) w.centre[k] += w.code[k] / S(samples);
@@ -237,6 +237,7 @@ class Step {
   void run_tile(Worker& w, const Tile& tile) {
     const View<T> inputs = input_view<T>(args).slice(tile.first, tile.rows);
     const View<T> targets = target_view().slice(tile.first, tile.rows);
+    const View<T> next_inputs = input_view<T>(args).slice(tile.first + tile.rows, tile.next);
     const auto measure = [&](int64_t row, int64_t col) { w.statistics.add(targets, row, col); };
     w.statistics.begin_tile();
     if (separate) {
@@ -245,7 +246,7 @@ class Step {
     } else {
       w.input.pack(inputs, measure);
     }
-    multiply_input(w, tile.padded, w.expects_direct ? K : input_weights.padded_cols());
+    multiply_input(w, tile.padded, w.expects_direct ? K : input_weights.padded_cols(), next_inputs);
     encode(w, tile);
     const Energy energy = w.statistics.energy(tile.rows);
     const bool direct = w.expects_direct || !gram_loss(w, tile, energy);
@@ -260,10 +261,10 @@ class Step {
   }
 
   // U, in the first `cols` columns, and what else of X·[Weᵀ, Wd] is wanted.
-  void multiply_input(Worker& w, int64_t rows, int64_t cols) const {
+  void multiply_input(Worker& w, int64_t rows, int64_t cols, const View<T>& next) const {
     const int64_t width = input_weights.padded_cols();
     fill_rows<S>(w.product, width, rows, product_start, width);
-    w.input.multiply(input_weights, 0, cols, w.product, width, Into::begin);
+    w.input.multiply(input_weights, 0, cols, w.product, width, Into::begin, next);
   }
 
   // Z = f(U) and f′(U); the padding rows of Z are zero.
@@ -278,7 +279,9 @@ class Step {
 
   // Makes E = Z G − Q and adds the tile's Σ R²; false when the direct form has to do the tile instead.
   bool gram_loss(Worker& w, const Tile& tile, const Energy& energy) {
-    if (separate) w.target.multiply(target_weights, 0, K, w.target_product, target_weights.padded_cols(), Into::store);
+    if (separate)
+      w.target.multiply(target_weights, 0, K, w.target_product, target_weights.padded_cols(), Into::store,
+                        target_view().slice(tile.first + tile.rows, tile.next));
     w.packed_code.pack(code(w, tile.padded), visit_nothing);
     w.packed_code.multiply(gram, 0, K, w.error, code_stride(), Into::store);
     const S* products = separate ? w.target_product : w.product + (joint ? K : 0);

@@ -82,7 +82,7 @@ class Left {
  public:
   // Rows are padded to a multiple of kRows; packing goes by blocks of this many rows and columns; the bytes of a number.
   static constexpr int64_t kBytes = sizeof(S);
-  static constexpr int64_t kRows = kTileRows, kBlockRows = kTileRows, kBlockCols = kTileRows;
+  static constexpr int64_t kRows = kTileRows, kBlockRows = kTileRows, kBlockCols = kStripCols;
 
   void allocate(int64_t rows, int64_t cols) { data_.allocate(Blocks<S>::size(rows, cols)); }
   // Calls visit(row, col) after each block.
@@ -91,8 +91,12 @@ class Left {
     blocks_ = pack_blocks(tile, data_, visit);
   }
   // out = T·W, row-major, for columns first … first + cols of W and what shares a panel with them; or what out holds and that.
-  void multiply(const Weights<T>& weights, int64_t first, int64_t cols, S* out, int64_t ldc, Into into) const {
-    byol::BYOL_ISA::multiply(blocks_, weights.panels().from(first).until(cols), out, ldc, into);
+  // Meanwhile the rows that will be packed next are fetched.
+  void multiply(const Weights<T>& weights, int64_t first, int64_t cols, S* out, int64_t ldc, Into into,
+                const View<T>& next = {}) const {
+    const Panels<S> panels = weights.panels().from(first).until(cols);
+    const Ahead ahead(next, blocks_.rows / kTileRows * (blocks_.cols / kTileRows) * panels.count());
+    byol::BYOL_ISA::multiply(blocks_, panels, out, ldc, into, ahead);
   }
   // sums += Tᵀ·V, the columns from `first` on, and what shares a panel with them.
   void multiply_transposed(const Values<T>& values, const Sums<T>& sums, int64_t first = 0) const {
