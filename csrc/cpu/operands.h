@@ -46,9 +46,8 @@ constexpr int64_t pad_rows(int64_t rows) {
 // traffic of weights and accumulators, which grows with the rank; the tiles of a thread's share are of nearly equal height.
 template <class T>
 int64_t tile_rows(int64_t share_rows, int64_t features, int64_t rank) {
-  constexpr int64_t kTileBytes = 640 * 1024;
-  const int64_t least = max(64, min(3 * rank / 2, Left<T>::kBytes > 4 ? 192 : 256));
-  const int64_t most = max(least, min(256, kTileBytes / (Left<T>::kBytes * max(features, 1))));
+  const int64_t least = max(64, min(3 * rank / 2, Left<T>::kHighRankRows));
+  const int64_t most = max(least, min(256, Left<T>::kTileBytes / (Left<T>::kBytes * max(features, 1))));
   const int64_t tiles = max(1, (share_rows + most - 1) / most);
   return pad_rows<T>(max(1, (share_rows + tiles - 1) / tiles));
 }

@@ -37,6 +37,7 @@ template <int kRowStep, int kPairStep>
 inline void pair_tile(const Pair* a, int64_t stride, const Pair* b, int64_t pairs, float* c, int64_t ldc, Into into, Ahead& ahead) {
   constexpr int R = kTileRows, L = kLanes<float>, C = kCols<float>;
   __m512 sum[R][2];
+  if (into == Into::add) fetch_sums(c, ldc);
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) {
     sum[i][0] = into == Into::begin ? _mm512_loadu_ps(c + i * ldc) : _mm512_setzero_ps();
@@ -119,7 +120,7 @@ class Values<bf16> : public Weights<bf16> {};
 template <>
 class Left<bf16> {
  public:
-  static constexpr int64_t kBytes = sizeof(float);
+  static constexpr int64_t kBytes = sizeof(float), kTileBytes = BYOL_ISA::kTileBytes, kHighRankRows = BYOL_ISA::kHighRankRows;
   static constexpr int64_t kRows = kTileRows, kBlockRows = kTileRows, kBlockCols = kStripCols;
 
   void allocate(int64_t rows, int64_t cols) {

@@ -27,8 +27,8 @@ template <class S>
 constexpr int kCols = 2 * kLanes<S>;
 
 // How much of the inner dimension one accumulator sums before it is added to C: bounds the rounding error of long sums,
-// and keeps a panel of B in the first-level cache.
-constexpr int64_t kDepth = 21 * kTileRows;
+// and keeps a panel of B in a near cache.
+constexpr int64_t kDepth = 43 * kTileRows;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -257,6 +257,14 @@ class Ahead {
   int64_t step_ = 0;
 };
 
+// What a register tile's sum will be added to, fetched while it is being summed.
+template <class S>
+inline void fetch_sums(const S* c, int64_t ldc) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileRows; ++i)
+    for (int j = 0; j < kCols<S>; j += 64 / int(sizeof(S))) __builtin_prefetch(c + i * ldc + j, 1);
+}
+
 // c[0…R, 0…kCols] (+)= Σ over `depth` of the outer products of A (or Aᵀ) with B. `depth` is a multiple of R; `stride` leads
 // from one block of A to the next along the sum.
 template <class S, bool kTransposed>
@@ -264,6 +272,7 @@ inline void register_tile(const S* a, int64_t stride, const S* b, int64_t depth,
   typedef S Vector __attribute__((vector_size(BYOL_VECTOR_BYTES), aligned(alignof(S)), may_alias));
   constexpr int R = kTileRows, L = kLanes<S>, C = kCols<S>;
   Vector sum[R][2];
+  if (into == Into::add) fetch_sums(c, ldc);
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) {
     const Vector* start = reinterpret_cast<const Vector*>(c + i * ldc);

@@ -74,14 +74,18 @@ class Sums {
   Panels<S> panels_{};
 };
 
+// A packed tile leaves room for others in a second-level cache of 1 MiB.
+constexpr int64_t kTileBytes = 384 * 1024, kHighRankRows = 96;
+
 // A tile of T.
 template <class T>
 class Left {
   using S = Acc<T>;
 
  public:
-  // Rows are padded to a multiple of kRows; packing goes by blocks of this many rows and columns; the bytes of a number.
-  static constexpr int64_t kBytes = sizeof(S);
+  // The bytes of a number, of a tile, and its rows at high rank (tile_rows). Rows are padded to a multiple of kRows; packing
+  // goes by blocks of so many rows and columns.
+  static constexpr int64_t kBytes = sizeof(S), kTileBytes = BYOL_ISA::kTileBytes, kHighRankRows = BYOL_ISA::kHighRankRows;
   static constexpr int64_t kRows = kTileRows, kBlockRows = kTileRows, kBlockCols = kStripCols;
 
   void allocate(int64_t rows, int64_t cols) { data_.allocate(Blocks<S>::size(rows, cols)); }
