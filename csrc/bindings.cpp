@@ -6,7 +6,7 @@
 #include <tuple>
 
 #include "cpu/dispatch.h"
-#include "cpu/pages.h"
+#include "cpu/large_block.h"
 #include "cpu/parallel.h"
 
 namespace py = pybind11;
@@ -155,8 +155,6 @@ int64_t scatter(int dtype, int threads, int64_t rows, int64_t features, const Py
   return kernels.scatter(args);
 }
 
-void prefer_huge_pages(Address data, int64_t bytes) { byol::prefer_huge_pages(at(data), bytes); }
-
 py::dict info() {
   py::dict result;
   result["instruction_set"] = byol::kernels().name;
@@ -179,5 +177,9 @@ PYBIND11_MODULE(_native, module) {
   module.def("sparse_step", &sparse_step);
   module.def("step_input_gradients", &step_input_gradients);
   module.def("scatter", &scatter);
-  module.def("prefer_huge_pages", &prefer_huge_pages);
+  py::class_<byol::LargeBlock>(module, "LargeBlock", py::module_local(), py::buffer_protocol())
+      .def(py::init<int64_t>())
+      .def_buffer([](byol::LargeBlock& block) {
+        return py::buffer_info(static_cast<uint8_t*>(block.data()), py::ssize_t(block.bytes()));
+      });
 }

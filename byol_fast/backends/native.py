@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,7 @@ class Native:
         self, input: Tensor, target: Tensor, scale: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
         outputs = [
-            _fresh(torch.empty_like(tensor)) if need else None
-            for tensor, need in zip((input, target), needs, strict=True)
+            _result_like(tensor) if need else None for tensor, need in zip((input, target), needs, strict=True)
         ]
         present = [output for output in outputs if output is not None]
         rows, cols, matrices, (x, t, *others) = _collapsed(input, target, *present)
@@ -124,7 +124,7 @@ class Native:
     ) -> list[Tensor | None]:
         input, weights = _rows(input), _weight_rows(weights)
         sizes = _sizes(input, weights)
-        output = _fresh(input.new_empty(sizes[0], sizes[2]))
+        output = _result(input, sizes[0], sizes[2])
         code = input.new_empty((sizes[0], sizes[3]), dtype=accumulation_dtype(input.dtype)) if save_code else None
         _native.forward(
             _DTYPES[input.dtype],
@@ -151,7 +151,7 @@ class Native:
     ) -> list[Tensor | None]:
         grad, input, weights = _rows(grad), _rows(input), _weight_rows(weights)
         sizes = _sizes(input, weights)
-        d_input = _fresh(input.new_empty(input.shape)) if needs[0] else None
+        d_input = _result(input, *input.shape) if needs[0] else None
         d_weights = _weight_gradients(input, sizes, needs[1:])
         _native.backward(
             _DTYPES[input.dtype],
@@ -241,8 +241,8 @@ class Native:
         input, target, weights = _rows(input), _optional_rows(target), _weight_rows(weights)
         sizes = _sizes(input, weights)
         encoder, decoder, _, decoder_bias = _addresses(weights)
-        d_input = _fresh(input.new_empty(input.shape)) if needs[0] else None
-        d_target = _fresh(input.new_empty(sizes[0], sizes[2])) if needs[1] else None
+        d_input = _result(input, *input.shape) if needs[0] else None
+        d_target = _result(input, sizes[0], sizes[2]) if needs[1] else None
         _native.step_input_gradients(
             _DTYPES[input.dtype],
             torch.get_num_threads(),
@@ -294,11 +294,19 @@ def _non_negative(total: float, dtype: torch.dtype) -> Tensor:
     return torch.scalar_tensor(0.0 if total < 0 else total, dtype=dtype)
 
 
-def _fresh(matrix: Tensor) -> Tensor:
-    """The matrix, of no value yet, in large pages if it is so large that its memory is mapped anew for every call."""
-    if matrix.nbytes >= _MAPPED_ANEW:
-        _native.prefer_huge_pages(matrix.data_ptr(), matrix.nbytes)
-    return matrix
+def _result(like: Tensor, *shape: int) -> Tensor:
+    """``like.new_empty(shape)``; the memory of a large result is kept and used again (csrc/cpu/large_block.h)."""
+    count = math.prod(shape)
+    if count * like.element_size() < _MAPPED_ANEW:
+        return like.new_empty(shape)
+    memory = torch.frombuffer(_native.LargeBlock(count * like.element_size()), dtype=like.dtype, count=count)
+    # No view of it: autograd would not let the user change one in place.
+    return like.new_empty(0).set_(memory.untyped_storage(), 0, shape, memory.view(shape).stride())
+
+
+def _result_like(tensor: Tensor) -> Tensor:
+    """``torch.empty_like``, which keeps strides."""
+    return _result(tensor, *tensor.shape) if tensor.is_contiguous() else torch.empty_like(tensor)
 
 
 def _rows(matrix: Tensor) -> Tensor:

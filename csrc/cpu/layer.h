@@ -12,20 +12,51 @@
 #include "activation.h"
 #include "operands.h"
 #include "parallel_for.h"
+#include "stream.h"
 
 namespace byol::BYOL_ISA {
 
 // Columns of a wide result that are formed at a time.
 constexpr int64_t kOutputCols = 32 * kTileRows;
 
-// A·B for a narrow A and a wide B, block of columns by block of columns: emit(row, first column, values, count).
-template <class T, class Emit>
-void expand(const Left<T>& a, int64_t rows, const Weights<T>& b, int64_t cols, Pointer<Acc<T>> scratch, const Emit& emit) {
-  for (int64_t col = 0; col < cols; col += kOutputCols) {
-    const int64_t count = min(kOutputCols, cols - col);
-    a.multiply(b, col, count, scratch, kOutputCols, Into::store);
-    for (int64_t r = 0; r < rows; ++r) emit(r, col, scratch + r * kOutputCols, count);
+// The rows of a wide result that belong to a tile.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t cols;
+  bool large;  // the whole result
+
+  static Rows of(void* result, int64_t rows, int64_t cols, int64_t first) {
+    return {static_cast<T*>(result) + first * cols, cols, rows * cols * int64_t(sizeof(T)) >= kLarge};
   }
+  // Part of row r from column `col` on.
+  void put(int64_t r, int64_t col, const Acc<T>* values, int64_t count) const {
+    T* out = data + r * cols + col;
+    if (!large) {
+      for (int64_t j = 0; j < count; ++j) out[j] = store<T>(values[j]);
+    } else if constexpr (sizeof(T) == sizeof(Acc<T>)) {
+      stream(out, values, count * int64_t(sizeof(T)));
+    } else {
+      T stored[kOutputCols];
+      for (int64_t j = 0; j < count; ++j) stored[j] = store<T>(values[j]);
+      stream(out, stored, count * int64_t(sizeof(T)));
+    }
+  }
+};
+
+// A·B for a narrow A and a wide B, block of columns by block of columns: finish(row, first column, values, count) makes results
+// of what is in `values`.
+template <class T, class U, class Finish>
+void expand(const Left<T>& a, int64_t rows, const Weights<T>& b, Pointer<Acc<T>> scratch, const Rows<U>& out, const Finish& finish) {
+  for (int64_t col = 0; col < out.cols; col += kOutputCols) {
+    const int64_t count = min(kOutputCols, out.cols - col);
+    a.multiply(b, col, count, scratch, kOutputCols, Into::store);
+    for (int64_t r = 0; r < rows; ++r) {
+      finish(r, col, scratch + r * kOutputCols, count);
+      out.put(r, col, scratch + r * kOutputCols, count);
+    }
+  }
+  if (out.large) end_stream();
 }
 
 // Calls tile(first row, rows) for each tile of a thread's share.
@@ -33,6 +64,12 @@ template <class PerTile>
 void for_each_tile(const LayerArgs& args, int thread, int threads, int64_t height, const PerTile& tile) {
   const int64_t last = share(args.rows, thread + 1, threads);
   for (int64_t row = share(args.rows, thread, threads); row < last; row += height) tile(row, min(height, last - row));
+}
+
+// The tile after the one whose rows end at `first`, which may be fetched; it may be another thread's.
+template <class T>
+View<T> next_tile(const View<T>& rows, int64_t first, int64_t height) {
+  return rows.slice(first, min(height, rows.rows - first));
 }
 
 template <class T>
@@ -62,7 +99,7 @@ void forward(const ForwardArgs& args) {
       const View<T> input = input_view<T>(args).slice(first, rows);
       fill_rows<S>(code, stride, rows, encoder_bias, K);
       inputs.pack(input, visit_nothing);
-      inputs.multiply(encoder, 0, K, code, stride, Into::begin);
+      inputs.multiply(encoder, 0, K, code, stride, Into::begin, next_tile(input_view<T>(args), first + rows, height));
       for (int64_t r = 0; r < rows; ++r) {
         S* row = code + r * stride;
         if (args.preactivation)
@@ -71,14 +108,14 @@ void forward(const ForwardArgs& args) {
         activate<S>(args.activation, row, row, nullptr, K);
       }
       codes.pack(View<S>{code, stride, 1, rows, K}, visit_nothing);
-      expand(codes, rows, decoder, args.out_features, scratch, [&](int64_t r, int64_t col, const S* values, int64_t n) {
+      const auto output = Rows<T>::of(args.output, args.rows, args.out_features, first);
+      expand(codes, rows, decoder, scratch, output, [&](int64_t r, int64_t col, S* values, int64_t n) {
         const T* x = input.data + r * input.row_stride + col;
-        T* out = static_cast<T*>(args.output) + (first + r) * args.out_features + col;
         const S* bias = decoder_bias + col;
         if (args.residual)
-          for (int64_t j = 0; j < n; ++j) out[j] = store<T>(values[j] + bias[j] + load(x[j]));
+          for (int64_t j = 0; j < n; ++j) values[j] += bias[j] + load(x[j]);
         else
-          for (int64_t j = 0; j < n; ++j) out[j] = store<T>(values[j] + bias[j]);
+          for (int64_t j = 0; j < n; ++j) values[j] += bias[j];
       });
     });
   });
@@ -127,24 +164,24 @@ void step_input_gradients(const InputGradientArgs& args) {
         }
         const View<T> input = input_view<T>(args).slice(first, rows);
         packed.pack(View<S>{left, inner, 1, rows, inner}, visit_nothing);
-        expand(packed, rows, input_weights, args.in_features, scratch, [&](int64_t r, int64_t col, const S* values, int64_t n) {
+        const auto gradient = Rows<T>::of(args.d_input, args.rows, args.in_features, first);
+        expand(packed, rows, input_weights, scratch, gradient, [&](int64_t r, int64_t col, S* values, int64_t n) {
           const T* x = input.data + r * input.row_stride + col;
-          T* out = static_cast<T*>(args.d_input) + (first + r) * args.in_features + col;
           const S* bias = decoder_bias + col;
           if (separate)
-            for (int64_t j = 0; j < n; ++j) out[j] = store<T>(scale * values[j]);
+            for (int64_t j = 0; j < n; ++j) values[j] *= scale;
           else
-            for (int64_t j = 0; j < n; ++j) out[j] = store<T>(scale * (values[j] + (load(x[j]) - bias[j])));
+            for (int64_t j = 0; j < n; ++j) values[j] = scale * (values[j] + (load(x[j]) - bias[j]));
         });
       }
       if (args.d_target) {
         const View<T> target = view<T>(args.target.data ? args.target : args.input, args.rows, args.out_features);
         packed.pack(View<S>{code, K, 1, rows, K}, visit_nothing);
-        expand(packed, rows, target_weights, args.out_features, scratch, [&](int64_t r, int64_t col, const S* values, int64_t n) {
+        const auto gradient = Rows<T>::of(args.d_target, args.rows, args.out_features, first);
+        expand(packed, rows, target_weights, scratch, gradient, [&](int64_t r, int64_t col, S* values, int64_t n) {
           const T* t = target.data + (first + r) * target.row_stride + col;
-          T* out = static_cast<T*>(args.d_target) + (first + r) * args.out_features + col;
           const S* bias = decoder_bias + col;
-          for (int64_t j = 0; j < n; ++j) out[j] = store<T>(scale * (load(t[j]) - bias[j] - values[j]));
+          for (int64_t j = 0; j < n; ++j) values[j] = scale * (load(t[j]) - bias[j] - values[j]);
         });
       }
     });
@@ -205,7 +242,7 @@ class Backward {
     w.slope_sum.allocate_zeros(K);
     w.grad_sum.allocate_zeros(args.out_features);
     for_each_tile(args, thread, threads, height, [&](int64_t first, int64_t rows) {
-      const View<T> grad = view<T>(args.grad, args.rows, args.out_features).slice(first, rows);
+      const View<T> grads_of_all = view<T>(args.grad, args.rows, args.out_features), grad = grads_of_all.slice(first, rows);
       if (args.d_decoder_bias) add_rows(grad, w.grad_sum);
       if (!wants_code && !wants_slope) return;
       grads.pack(grad, visit_nothing);
@@ -217,7 +254,7 @@ class Backward {
         grads.multiply_transposed(values, w.decoder_sums);
       }
       if (!wants_slope) return;
-      grads.multiply(decoder, 0, K, error, stride, Into::store);
+      grads.multiply(decoder, 0, K, error, stride, Into::store, next_tile(grads_of_all, first + rows, height));
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t k = 0; k < K; ++k) {
           slope[r * stride + k] *= error[r * stride + k];
@@ -230,13 +267,10 @@ class Backward {
       }
       if (!args.d_input) return;
       slopes.pack(View<S>{slope, stride, 1, rows, K}, visit_nothing);
-      expand(slopes, rows, encoder, args.in_features, scratch, [&](int64_t r, int64_t col, const S* values, int64_t n) {
+      const auto gradient = Rows<T>::of(args.d_input, args.rows, args.in_features, first);
+      expand(slopes, rows, encoder, scratch, gradient, [&](int64_t r, int64_t col, S* values, int64_t n) {
         const T* g = grad.data + r * grad.row_stride + col;
-        T* out = static_cast<T*>(args.d_input) + (first + r) * args.in_features + col;
-        if (args.residual)
-          for (int64_t j = 0; j < n; ++j) out[j] = store<T>(values[j] + load(g[j]));
-        else
-          for (int64_t j = 0; j < n; ++j) out[j] = store<T>(values[j]);
+        for (int64_t j = 0; args.residual && j < n; ++j) values[j] += load(g[j]);
       });
     });
   }

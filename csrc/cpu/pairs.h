@@ -31,37 +31,43 @@ inline Pair pair(bf16 low, bf16 high) { return Pair(low.bits) | Pair(high.bits) 
 // The first so many of 16.
 inline __mmask16 first_of_16(int64_t count) { return __mmask16(0xffff >> (16 - count)); }
 
-// c[0…R, 0…kCols] (+)= the sum over `pairs` of A's pairs with B's. Pair k of A's row i is at a[i·row_step + k·pair_step]
+// c[0…kRows, 0…kVectors] (+)= the sum over `pairs` of A's pairs with B's. Pair k of A's row i is at a[i·kRowStep + k·kPairStep]
 // within a block of R/2 pairs; `stride` leads to the next block.
-template <int kRowStep, int kPairStep>
+template <int kRowStep, int kPairStep, int kRows, int kVectors>
 inline void pair_tile(const Pair* a, int64_t stride, const Pair* b, int64_t pairs, float* c, int64_t ldc, Into into, Ahead& ahead) {
-  constexpr int R = kTileRows, L = kLanes<float>, C = kCols<float>;
-  __m512 sum[R][2];
+  constexpr int H = kTileRows / 2, L = kLanes<float>, C = kCols<float>;
+  __m512 sum[kRows][kVectors];
   if (into == Into::add) fetch_sums(c, ldc);
 #pragma GCC unroll 16
-  for (int i = 0; i < R; ++i) {
-    sum[i][0] = into == Into::begin ? _mm512_loadu_ps(c + i * ldc) : _mm512_setzero_ps();
-    sum[i][1] = into == Into::begin ? _mm512_loadu_ps(c + i * ldc + L) : _mm512_setzero_ps();
-  }
-  for (int64_t block = 0; block < pairs; block += R / 2, a += stride) {
-    ahead.fetch();
-    for (int k = 0; k < R / 2; ++k, b += C) {
-      const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b), b1 = (__m512bh)_mm512_loadu_si512(b + L);
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v)
+      sum[i][v] = into == Into::begin ? _mm512_loadu_ps(c + i * ldc + v * L) : _mm512_setzero_ps();
+  const auto add_product = [&](int k) {
+    __m512bh row[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) row[v] = (__m512bh)_mm512_loadu_si512(b + v * L);
 #pragma GCC unroll 16
-      for (int i = 0; i < R; ++i) {
-        const __m512bh value = (__m512bh)_mm512_set1_epi32(int(a[i * kRowStep + k * kPairStep]));
-        sum[i][0] = _mm512_dpbf16_ps(sum[i][0], value, b0);
-        sum[i][1] = _mm512_dpbf16_ps(sum[i][1], value, b1);
-      }
+    for (int i = 0; i < kRows; ++i) {
+      const __m512bh value = (__m512bh)_mm512_set1_epi32(int(a[i * kRowStep + k * kPairStep]));
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], value, row[v]);
     }
+    b += C;
+  };
+  int64_t left = pairs;
+  for (; left >= H; left -= H, a += stride) {
+    ahead.fetch();
+    for (int k = 0; k < H; ++k) add_product(k);
   }
+  for (int k = 0; k < left; ++k) add_product(k);
 #pragma GCC unroll 16
-  for (int i = 0; i < R; ++i) {
-    float* out = c + i * ldc;
-    const bool add = into == Into::add;
-    _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), sum[i][0]) : sum[i][0]);
-    _mm512_storeu_ps(out + L, add ? _mm512_add_ps(_mm512_loadu_ps(out + L), sum[i][1]) : sum[i][1]);
-  }
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      float* out = c + i * ldc + v * L;
+      _mm512_storeu_ps(out, into == Into::add ? _mm512_add_ps(_mm512_loadu_ps(out), sum[i][v]) : sum[i][v]);
+    }
 }
 
 template <>
@@ -84,6 +90,7 @@ class Weights<bf16> {
     }
   }
   void pad() {}
+  int64_t cols() const { return cols_; }
   int64_t padded_cols() const { return round_up(cols_, C); }
   int64_t panel_count() const { return padded_cols() / C; }
   const Pair* panel(int64_t index, int64_t first_pair) const { return data_ + (index * pairs_ + first_pair) * C; }
@@ -130,6 +137,7 @@ class Left<bf16> {
 
   template <class U, class Visit>
   void pack(const View<U>& tile, const Visit& visit) {
+    live_rows_ = tile.rows, live_cols_ = tile.cols;
     rows_ = round_up(tile.rows, R), cols_ = round_up(tile.cols, R);
     for (int64_t row = 0; row < rows_; row += R)
       for (int64_t col = 0; col < cols_; col += kStripCols) {
@@ -140,29 +148,43 @@ class Left<bf16> {
 
   void multiply(const Weights<bf16>& weights, int64_t first, int64_t cols, float* out, int64_t ldc, Into into,
                 const View<bf16>& next = {}) const {
-    const int64_t panels = (cols + kCols<float> - 1) / kCols<float>;
+    const int64_t panels = (cols + C - 1) / C, live = min(cols, weights.cols() - first);
     Ahead ahead(next, rows_ / R * (cols_ / R) * panels);
-    for (int64_t depth = 0; depth < cols_; depth += 2 * kDepth) {
-      const int64_t steps = min(2 * kDepth, cols_ - depth);
+    for (int64_t depth = 0; depth < live_cols_; depth += 2 * kDepth) {
+      const int64_t pairs = (min(2 * kDepth, live_cols_ - depth) + 1) / 2;
       for (int64_t j = 0; j < panels; ++j)
         for (int64_t row = 0; row < rows_; row += R)
-          pair_tile<R / 2, 1>(by_column_ + (row * cols_ + depth * R) / 2, R * R / 2, weights.panel(first / kCols<float> + j, depth / 2), steps / 2,
-                              out + row * ldc + j * kCols<float>, ldc, depth > 0 ? Into::add : into, ahead);
+          with_edges<float>(live_rows_ - row, live - j * C, [&](auto rows, auto vectors) {
+            pair_tile<R / 2, 1, rows.value, vectors.value>(by_column_ + (row * cols_ + depth * R) / 2, R * R / 2,
+                                                           weights.panel(first / C + j, depth / 2), pairs, out + row * ldc + j * C,
+                                                           ldc, depth > 0 ? Into::add : into, ahead);
+          });
     }
   }
 
   void multiply_transposed(const Values<bf16>& values, const Sums<bf16>& sums, int64_t first = 0) const {
-    Ahead nothing;
-    for (int64_t j = first / kCols<float>; j < values.panel_count(); ++j)
-      for (int64_t col = 0; col < cols_; col += R)
-        pair_tile<1, R>(by_row_ + col * R / 2, cols_ * R / 2, values.panel(j, 0), rows_ / 2, sums.panels().row(col, j), kCols<float>,
-                        Into::add, nothing);
+    multiply_transposed(values, sums, first, [&](int64_t) { return cols_; });
   }
-  void multiply_symmetric(const Values<bf16>& values, const Sums<bf16>& sums) const { multiply_transposed(values, sums); }
+  void multiply_symmetric(const Values<bf16>& values, const Sums<bf16>& sums) const {
+    multiply_transposed(values, sums, 0, [&](int64_t j) { return min(cols_, (j + 1) * C); });
+  }
 
  private:
   static constexpr int R = kTileRows;
+  static constexpr int64_t C = kCols<float>;
   static_assert(R % 2 == 0 && R <= 16);
+
+  // Rows of the sums until `end(j)` in panel j.
+  template <class End>
+  void multiply_transposed(const Values<bf16>& values, const Sums<bf16>& sums, int64_t first, const End& end) const {
+    Ahead nothing;
+    for (int64_t j = first / C; j < values.panel_count(); ++j)
+      for (int64_t col = 0; col < end(j); col += R)
+        with_edges<float>(live_cols_ - col, values.cols() - j * C, [&](auto rows, auto vectors) {
+          pair_tile<1, R, rows.value, vectors.value>(by_row_ + col * R / 2, cols_ * R / 2, values.panel(j, 0), (live_rows_ + 1) / 2,
+                                                     sums.panels().row(col, j), C, Into::add, nothing);
+        });
+  }
 
   // As product.h does.
   template <class U>
@@ -212,7 +234,8 @@ class Left<bf16> {
     std::memcpy(pairs, &both, R * sizeof(Pair));
   }
   Buffer<Pair> by_column_, by_row_;
-  int64_t rows_ = 0, cols_ = 0;
+  int64_t rows_ = 0, cols_ = 0;            // as packed
+  int64_t live_rows_ = 0, live_cols_ = 0;  // without padding
 };
 
 }  // namespace byol::BYOL_ISA

@@ -3,7 +3,8 @@
 // A is packed into square blocks of R×R numbers, row-major inside: the block in block-row p and block-column t holds
 // A[p·R … p·R+R, t·R … t·R+R]. Because the blocks are square, A and Aᵀ are read equally well from one packing, so a tile of
 // X is packed once and serves both X·W and Xᵀ·V. B is packed into panels of `kCols` columns, each panel row-major. All edges
-// are padded with zeros. One step of the register tile is an outer product of R numbers of A with `kCols` of B.
+// are padded with zeros, which sums leave out. One step of the register tile is an outer product of R numbers of A with
+// `kCols` of B; at the edges there are lower and narrower ones.
 #pragma once
 
 #include <cstdint>
@@ -84,7 +85,8 @@ struct View {
 template <class S>
 struct Blocks {
   S* data;
-  int64_t rows, cols;  // as packed, multiples of kTileRows
+  int64_t rows, cols;            // as packed, multiples of kTileRows
+  int64_t live_rows, live_cols;  // without padding
 
   static int64_t row_size(int64_t cols) { return round_up(cols, kTileRows) * kTileRows; }
   static int64_t size(int64_t rows, int64_t cols) { return round_up(rows, kTileRows) / kTileRows * row_size(cols); }
@@ -132,7 +134,7 @@ template <class T, class Visit>
 Blocks<Acc<T>> pack_blocks(const View<T>& source, Acc<T>* data, const Visit& visit) {
   using S = Acc<T>;
   constexpr int R = kTileRows;
-  const Blocks<S> blocks{data, round_up(source.rows, R), round_up(source.cols, R)};
+  const Blocks<S> blocks{data, round_up(source.rows, R), round_up(source.cols, R), source.rows, source.cols};
   for (int64_t row = 0; row < blocks.rows; row += R)
     for (int64_t col = 0; col < blocks.cols; col += kStripCols) {
       const int64_t rows = max(0, min(R, source.rows - row)), cols = min(kStripCols, source.cols - col);
@@ -158,10 +160,11 @@ template <class S>
 struct Panels {
   S* data;
   int64_t rows, cols;  // as packed
+  int64_t live_cols;   // without padding
 
   static int64_t size(int64_t rows, int64_t cols) { return round_up(rows, kTileRows) * round_up(cols, kCols<S>); }
   static Panels over(S* data, int64_t rows, int64_t cols) {
-    return {data, round_up(rows, kTileRows), round_up(cols, kCols<S>)};
+    return {data, round_up(rows, kTileRows), round_up(cols, kCols<S>), cols};
   }
   int64_t count() const { return cols / kCols<S>; }
   int64_t stride() const { return rows * kCols<S>; }
@@ -169,8 +172,11 @@ struct Panels {
   S* row(int64_t r, int64_t panel_index) const { return panel(panel_index) + r * kCols<S>; }
   S* at(int64_t r, int64_t c) const { return row(r, c / kCols<S>) + c % kCols<S>; }
   // The panels that hold the columns from `first` on, or those before `end`.
-  Panels from(int64_t first) const { return {panel(first / kCols<S>), rows, cols - first / kCols<S> * kCols<S>}; }
-  Panels until(int64_t end) const { return {data, rows, round_up(end, kCols<S>)}; }
+  Panels from(int64_t first) const {
+    const int64_t skipped = first / kCols<S> * kCols<S>;
+    return {panel(first / kCols<S>), rows, cols - skipped, live_cols - skipped};
+  }
+  Panels until(int64_t end) const { return {data, rows, round_up(end, kCols<S>), min(live_cols, end)}; }
   // out[0 … count] += sign · the numbers of row r from column c on; nothing when there are no panels.
   void add_row(S* out, int64_t count, int64_t r, int64_t c, S sign) const {
     for (int64_t k = 0; data && k < count;) {
@@ -265,76 +271,105 @@ inline void fetch_sums(const S* c, int64_t ldc) {
     for (int j = 0; j < kCols<S>; j += 64 / int(sizeof(S))) __builtin_prefetch(c + i * ldc + j, 1);
 }
 
-// c[0…R, 0…kCols] (+)= Σ over `depth` of the outer products of A (or Aᵀ) with B. `depth` is a multiple of R; `stride` leads
-// from one block of A to the next along the sum.
-template <class S, bool kTransposed>
+// c[0…kRows, 0…kVectors] (+)= Σ over `depth` of the outer products of A (or Aᵀ) with B. `stride` leads from one block of A to
+// the next along the sum.
+template <class S, bool kTransposed, int kRows, int kVectors>
 inline void register_tile(const S* a, int64_t stride, const S* b, int64_t depth, S* c, int64_t ldc, Into into, Ahead& ahead) {
   typedef S Vector __attribute__((vector_size(BYOL_VECTOR_BYTES), aligned(alignof(S)), may_alias));
   constexpr int R = kTileRows, L = kLanes<S>, C = kCols<S>;
-  Vector sum[R][2];
+  Vector sum[kRows][kVectors];
   if (into == Into::add) fetch_sums(c, ldc);
 #pragma GCC unroll 16
-  for (int i = 0; i < R; ++i) {
-    const Vector* start = reinterpret_cast<const Vector*>(c + i * ldc);
-    sum[i][0] = into == Into::begin ? start[0] : Vector{};
-    sum[i][1] = into == Into::begin ? start[1] : Vector{};
-  }
-  for (int64_t block = 0; block < depth; block += R, a += stride) {
-    ahead.fetch();
-    for (int k = 0; k < R; ++k, b += C) {
-      const S* column = kTransposed ? a + k * R : a + k;
-      const Vector b0 = *reinterpret_cast<const Vector*>(b), b1 = *reinterpret_cast<const Vector*>(b + L);
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v)
+      sum[i][v] = into == Into::begin ? *reinterpret_cast<const Vector*>(c + i * ldc + v * L) : Vector{};
+  const auto add_product = [&](int k) {
+    const S* column = kTransposed ? a + k * R : a + k;
+    Vector row[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) row[v] = *reinterpret_cast<const Vector*>(b + v * L);
 #pragma GCC unroll 16
-      for (int i = 0; i < R; ++i) {
-        const S value = column[kTransposed ? i : i * R];
-        sum[i][0] += value * b0;
-        sum[i][1] += value * b1;
-      }
+    for (int i = 0; i < kRows; ++i) {
+      const S value = column[kTransposed ? i : i * R];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sum[i][v] += value * row[v];
     }
+    b += C;
+  };
+  int64_t left = depth;
+  for (; left >= R; left -= R, a += stride) {
+    ahead.fetch();
+    for (int k = 0; k < R; ++k) add_product(k);
   }
+  for (int k = 0; k < left; ++k) add_product(k);
 #pragma GCC unroll 16
-  for (int i = 0; i < R; ++i) {
-    Vector* out = reinterpret_cast<Vector*>(c + i * ldc);
-    out[0] = into == Into::add ? out[0] + sum[i][0] : sum[i][0];
-    out[1] = into == Into::add ? out[1] + sum[i][1] : sum[i][1];
-  }
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      Vector* out = reinterpret_cast<Vector*>(c + i * ldc + v * L);
+      *out = into == Into::add ? *out + sum[i][v] : sum[i][v];
+    }
+}
+
+// Calls body with how much of a register tile there is to do, in constants: thirds of its rows, and its vectors.
+template <int kNumber>
+struct Constant {
+  static constexpr int value = kNumber;
+};
+template <class S, class Body>
+inline void with_edges(int64_t rows, int64_t cols, const Body& body) {
+  constexpr int R = kTileRows, L = kLanes<S>;
+  static_assert(R % 3 == 0);
+  const auto with_rows = [&](auto vectors) {
+    if (rows > R / 3 * 2) return body(Constant<R>{}, vectors);
+    if (rows > R / 3) return body(Constant<R / 3 * 2>{}, vectors);
+    return body(Constant<R / 3>{}, vectors);
+  };
+  if (cols > L) return with_rows(Constant<2>{});
+  return with_rows(Constant<1>{});
 }
 
 // C[a.rows, b.cols] = A·B, row-major with row stride ldc; or added to it, or begun with it.
 template <class S>
 void multiply(const Blocks<S>& a, const Panels<S>& b, Pointer<S> c, int64_t ldc, Into into = Into::store, Ahead ahead = {}) {
-  for (int64_t depth = 0; depth < a.cols; depth += kDepth) {
-    const int64_t steps = min(kDepth, a.cols - depth);
+  for (int64_t depth = 0; depth < a.live_cols; depth += kDepth) {
+    const int64_t steps = min(kDepth, a.live_cols - depth);
     for (int64_t j = 0; j < b.count(); ++j)
       for (int64_t row = 0; row < a.rows; row += kTileRows)
-        register_tile<S, false>(a.data + row * a.cols + depth * kTileRows, kTileRows * kTileRows, b.row(depth, j), steps,
-                                c + row * ldc + j * kCols<S>, ldc, depth > 0 ? Into::add : into, ahead);
+        with_edges<S>(a.live_rows - row, b.live_cols - j * kCols<S>, [&](auto rows, auto vectors) {
+          register_tile<S, false, rows.value, vectors.value>(
+              a.data + row * a.cols + depth * kTileRows, kTileRows * kTileRows, b.row(depth, j), steps,
+              c + row * ldc + j * kCols<S>, ldc, depth > 0 ? Into::add : into, ahead);
+        });
   }
 }
 
-// C[a.cols, b.cols] += Aᵀ·B, C in panels; a.rows is the sum.
+// C += Aᵀ·B, C in panels: its rows until `end(j)` in panel j.
+template <class S, class End>
+void multiply_transposed(const Blocks<S>& a, const Panels<S>& b, const Panels<S>& c, const End& end) {
+  Ahead nothing;
+  for (int64_t depth = 0; depth < a.live_rows; depth += kDepth) {
+    const int64_t steps = min(kDepth, a.live_rows - depth);
+    for (int64_t j = 0; j < b.count(); ++j)
+      for (int64_t col = 0; col < end(j); col += kTileRows)
+        with_edges<S>(a.live_cols - col, b.live_cols - j * kCols<S>, [&](auto rows, auto vectors) {
+          register_tile<S, true, rows.value, vectors.value>(a.data + depth * a.cols + col * kTileRows, a.stride(),
+                                                            b.row(depth, j), steps, c.row(col, j), kCols<S>, Into::add, nothing);
+        });
+  }
+}
+
+// C[a.cols, b.cols] += Aᵀ·B.
 template <class S>
 void multiply_transposed(const Blocks<S>& a, const Panels<S>& b, const Panels<S>& c) {
-  Ahead nothing;
-  for (int64_t depth = 0; depth < a.rows; depth += kDepth) {
-    const int64_t steps = min(kDepth, a.rows - depth);
-    for (int64_t j = 0; j < b.count(); ++j)
-      for (int64_t col = 0; col < a.cols; col += kTileRows)
-        register_tile<S, true>(a.data + depth * a.cols + col * kTileRows, a.stride(), b.row(depth, j), steps,
-                               c.row(col, j), kCols<S>, Into::add, nothing);
-  }
+  multiply_transposed(a, b, c, [&](int64_t) { return a.cols; });
 }
 
 // C += Aᵀ·A, given A in blocks and in panels; below the diagonal, only what shares a tile with it is right.
 template <class S>
 void multiply_symmetric(const Blocks<S>& a, const Panels<S>& b, const Panels<S>& c) {
-  Ahead nothing;
-  for (int64_t j = 0; j < b.count(); ++j) {
-    const int64_t end = min(a.cols, round_up((j + 1) * kCols<S>, kTileRows));
-    for (int64_t col = 0; col < end; col += kTileRows)
-      register_tile<S, true>(a.data + col * kTileRows, a.stride(), b.row(0, j), a.rows, c.row(col, j), kCols<S>, Into::add,
-                             nothing);
-  }
+  multiply_transposed(a, b, c, [&](int64_t j) { return min(a.cols, (j + 1) * kCols<S>); });
 }
 
 // Below the diagonal, what is above it.
