@@ -10,8 +10,11 @@
 
 namespace byol::BYOL_ISA {
 
-// From so many bytes on a result is large.
-constexpr int64_t kLarge = int64_t(32) << 20;
+// From so many bytes on a result is large; the fuzz target has it lower.
+#ifndef BYOL_LARGE_BYTES
+#define BYOL_LARGE_BYTES (32 << 20)
+#endif
+constexpr int64_t kLarge = BYOL_LARGE_BYTES;
 
 #if defined(__AVX512F__)
 constexpr int64_t kStreamed = 64;
