@@ -41,15 +41,24 @@ class _Operations(NamedTuple):
     layer_step: _Least | None
 
 
-_AVX512 = _Least(4_000_000, 16, 2)
-_AVX512_LAYER = _AVX512._replace(rank=32)
-_AVX512_BFLOAT16 = _AVX512._replace(rows_per_rank=32)
-_ON_AVX512 = _Operations(_AVX512, _AVX512, _AVX512_LAYER, _AVX512_LAYER)
+# Outputs whose memory would be mapped anew for every call (csrc/cpu/large_block.h): 32 MiB.
+_LARGE, _LARGE_BFLOAT16 = 2**23, 2**24
+_ON_AVX512 = _Operations(
+    step=_Least(6_000_000, 8, 2),
+    loss=_Least(8_000_000, 16, 4),
+    layer=_Least(8_000_000, 8, outputs=_LARGE),
+    layer_step=_Least(32_000_000, 16),
+)
+_BFLOAT16_ON_AVX512 = _Operations(
+    step=_Least(4_000_000, 8, 4),
+    loss=_Least(4_000_000, 16, 8),
+    layer=_Least(8_000_000, 8, outputs=_LARGE_BFLOAT16),
+    layer_step=_Least(8_000_000, 8, outputs=_LARGE_BFLOAT16),
+)
 _ON_AVX2 = _Operations(
     step=_Least(8_000_000, 8, 3),
     loss=_Least(16_000_000, 16, 6),
-    # Only where the output is so large that its memory is mapped anew for every call (csrc/cpu/pages.h).
-    layer=_Least(32_000_000, 16, 6, outputs=2**23),
+    layer=_Least(32_000_000, 16, 6, outputs=_LARGE),
     layer_step=_Least(32_000_000, 64, 8),
 )
 # Tiles of bfloat16: PyTorch has them for bfloat16 alone, the kernels for float32 and float16, too.
@@ -72,8 +81,8 @@ _LEAST = {
     "avx512": {
         torch.float32: _ON_AVX512,
         torch.float64: _ON_AVX512,
-        torch.bfloat16: _Operations(_AVX512_BFLOAT16, _AVX512_BFLOAT16, None, None),
-        torch.float16: _Operations(*[_Least(4_000_000)] * 4),
+        torch.bfloat16: _BFLOAT16_ON_AVX512,
+        torch.float16: _WITHOUT_PRODUCTS,
     },
     "avx2": {
         torch.float32: _ON_AVX2,
