@@ -38,7 +38,18 @@ void set_layer(byol::LayerArgs& args, int dtype, int activation, int threads, co
   args.decoder_bias = at(decoder_bias);
 }
 
-double squared_error(int dtype, int threads, int64_t rows, int64_t cols, const PyMatrix& input, const PyMatrix& target) {
+// A sum of squares in the accumulation type; rounding may have left it just below zero. NaN stays NaN.
+void store_total(Address out, byol::DType dtype, double total) {
+  if (total < 0) total = 0;
+  if (dtype == byol::DType::f64) {
+    *static_cast<double*>(at(out)) = total;
+  } else {
+    *static_cast<float*>(at(out)) = float(total);
+  }
+}
+
+void squared_error(int dtype, int threads, int64_t rows, int64_t cols, const PyMatrix& input, const PyMatrix& target,
+                   Address total) {
   byol::SquaredErrorArgs args{};
   args.dtype = byol::DType(dtype);
   args.threads = threads;
@@ -46,7 +57,7 @@ double squared_error(int dtype, int threads, int64_t rows, int64_t cols, const P
   args.input = matrix(input), args.target = matrix(target);
   const byol::KernelTable& kernels = byol::kernels();
   py::gil_scoped_release unlocked;
-  return kernels.squared_error(args);
+  store_total(total, args.dtype, kernels.squared_error(args));
 }
 
 void squared_error_backward(int dtype, int threads, int64_t rows, int64_t cols, const PyMatrix& input,
@@ -93,9 +104,9 @@ void backward(int dtype, int activation, int threads, const Sizes& sizes, const 
   kernels.backward(args);
 }
 
-double step(int dtype, int activation, int threads, const Sizes& sizes, const PyMatrix& input,
+void step(int dtype, int activation, int threads, const Sizes& sizes, const PyMatrix& input,
             const PyMatrix& encoder_weight, const PyMatrix& decoder_weight, Address encoder_bias, Address decoder_bias,
-            int form, const PyMatrix& target, const std::array<Address, 4>& d_weights, Address code,
+            int form, const PyMatrix& target, Address total, const std::array<Address, 4>& d_weights, Address code,
             Address code_gradient) {
   byol::StepArgs args{};
   set_layer(args, dtype, activation, threads, sizes, input, encoder_weight, decoder_weight, encoder_bias, decoder_bias);
@@ -106,12 +117,14 @@ double step(int dtype, int activation, int threads, const Sizes& sizes, const Py
   args.code = at(code), args.code_gradient = at(code_gradient);
   const byol::KernelTable& kernels = byol::kernels();
   py::gil_scoped_release unlocked;
-  return kernels.step(args);
+  store_total(total, args.dtype, kernels.step(args));
 }
 
-std::pair<double, double> sparse_step(int dtype, int activation, int threads, const Sizes& sizes, Address row_starts, Address columns,
-                   Address values, const PyMatrix& encoder_weight, const PyMatrix& decoder_weight, Address encoder_bias,
-                   Address decoder_bias, const std::array<Address, 4>& d_weights) {
+// Returns Σ R² and what it is compared with, too.
+std::pair<double, double> sparse_step(int dtype, int activation, int threads, const Sizes& sizes, Address row_starts,
+                                      Address columns, Address values, const PyMatrix& encoder_weight,
+                                      const PyMatrix& decoder_weight, Address encoder_bias, Address decoder_bias,
+                                      Address total, const std::array<Address, 4>& d_weights) {
   byol::SparseArgs args{};
   set_layer(args, dtype, activation, threads, sizes, {}, encoder_weight, decoder_weight, encoder_bias, decoder_bias);
   args.row_starts = static_cast<const int64_t*>(at(row_starts));
@@ -122,6 +135,7 @@ std::pair<double, double> sparse_step(int dtype, int activation, int threads, co
   const byol::KernelTable& kernels = byol::kernels();
   py::gil_scoped_release unlocked;
   const byol::SparseSums sums = kernels.sparse_step(args);
+  store_total(total, args.dtype, sums.squared_error);
   return {sums.squared_error, sums.energy};
 }
 

@@ -92,8 +92,9 @@ class Native:
 
     def squared_error(self, input: Tensor, target: Tensor) -> Tensor:
         rows, cols, _matrices, (x, t) = _collapsed(input, target)
-        total = _native.squared_error(_DTYPES[input.dtype], torch.get_num_threads(), rows, cols, x, t)
-        return torch.scalar_tensor(total, dtype=accumulation_dtype(input.dtype))
+        total = _sum_like(input)
+        _native.squared_error(_DTYPES[input.dtype], torch.get_num_threads(), rows, cols, x, t, total.data_ptr())
+        return total
 
     def squared_error_backward(
         self, input: Tensor, target: Tensor, scale: Tensor, needs: Sequence[bool]
@@ -186,7 +187,8 @@ class Native:
         code, code_gradient = (
             input.new_empty((sizes[0], sizes[3]), dtype=dtype) if save_codes else None for _ in range(2)
         )
-        total = _native.step(
+        total = _sum_like(input)
+        _native.step(
             _DTYPES[input.dtype],
             _ACTIVATIONS[activation],
             torch.get_num_threads(),
@@ -195,11 +197,12 @@ class Native:
             *_addresses(weights),
             _FORMS[form],
             _at(target),
+            total.data_ptr(),
             [_address(gradient) for gradient in d_weights],
             _address(code),
             _address(code_gradient),
         )
-        return [_non_negative(total, dtype), *d_weights, code, code_gradient]
+        return [total, *d_weights, code, code_gradient]
 
     def sparse_step(
         self,
@@ -212,7 +215,8 @@ class Native:
         weights = _weight_rows(weights)
         sizes = (row_starts.numel() - 1, weights.in_features, weights.in_features, weights.rank)
         d_weights = _weight_gradients(values, sizes, needs)
-        total, energy = _native.sparse_step(
+        total = _sum_like(values)
+        squared_error, energy = _native.sparse_step(
             _DTYPES[values.dtype],
             _ACTIVATIONS[activation],
             torch.get_num_threads(),
@@ -221,12 +225,13 @@ class Native:
             columns.data_ptr(),
             values.data_ptr(),
             *_addresses(weights),
+            total.data_ptr(),
             [_address(gradient) for gradient in d_weights],
         )
-        if total < _DIRECT_BELOW.get(values.dtype, 0.0) * energy:
+        if squared_error < _DIRECT_BELOW.get(values.dtype, 0.0) * energy:
             # The residual is so small that the Gram form cancels.
             return dense_blocks(self.step, csr, weights, activation, needs, _DENSE_ROWS)
-        return [_non_negative(total, accumulation_dtype(values.dtype)), *d_weights]
+        return [total, *d_weights]
 
     def step_input_gradients(
         self,
@@ -289,9 +294,9 @@ def _collapsed(*tensors: Tensor) -> tuple[int, int, Sequence[Tensor], list[tuple
     return rows, cols, matrices, [_at(matrix) for matrix in matrices]
 
 
-def _non_negative(total: float, dtype: torch.dtype) -> Tensor:
-    """A sum of squares, which rounding may have left just below zero; NaN stays NaN."""
-    return torch.scalar_tensor(0.0 if total < 0 else total, dtype=dtype)
+def _sum_like(input: Tensor) -> Tensor:
+    """Where a kernel puts a sum of squares."""
+    return input.new_empty((), dtype=accumulation_dtype(input.dtype))
 
 
 def _result(like: Tensor, *shape: int) -> Tensor:

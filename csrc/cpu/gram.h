@@ -7,15 +7,15 @@
 
 namespace byol::BYOL_ISA {
 
-// sums += Σ m mᵀ over the rows first … last, on and above the diagonal; value(row, k) is an element of M.
-template <class Value>
-void add_gram(int64_t first, int64_t last, int64_t K, const Value& value, double* sums) {
+// sums += MᵀM, on and above the diagonal.
+template <class T>
+void add_gram(const View<T>& matrix, double* sums) {
+  const int64_t K = matrix.cols;
   constexpr int64_t kRows = 8 * kTileRows;
   Buffer<double> tile(kRows * K), block_data(Blocks<double>::size(kRows, K)), panel_data(Panels<double>::size(kRows, K));
-  for (int64_t row = first; row < last; row += kRows) {
-    const int64_t count = min(kRows, last - row);
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t k = 0; k < K; ++k) tile[r * K + k] = double(value(row + r, k));
+  for (int64_t row = 0; row < matrix.rows; row += kRows) {
+    const int64_t count = min(kRows, matrix.rows - row);
+    copy<T, double>(matrix.slice(row, count), tile);
     const View<double> view{tile, K, 1, count, K};
     const Panels<double> panels = Panels<double>::over(panel_data, count, K);
     pack_panels(view, panels);
@@ -24,14 +24,16 @@ void add_gram(int64_t first, int64_t last, int64_t K, const Value& value, double
   }
 }
 
-// MᵀM of M [rows, K], in `data`; each thread sums a share of the rows.
-template <class Value>
-Panels<double> gram_matrix(int64_t rows, int64_t K, int most_threads, Buffer<double>& data, const Value& value) {
-  const int threads = int(max(1, min(most_threads, rows * K * K / 400000)));
+// MᵀM, in `data`; each thread sums a share of the rows.
+template <class T>
+Panels<double> gram_matrix(const View<T>& matrix, int most_threads, Buffer<double>& data) {
+  const int64_t K = matrix.cols;
+  const int threads = int(max(1, min(most_threads, matrix.rows * K * K / 400000)));
   const int64_t size = Panels<double>::size(K, K);
   data.allocate_zeros(size * threads);
   parallel_for(threads, [&](int thread) {
-    add_gram(share(rows, thread, threads), share(rows, thread + 1, threads), K, value, data + thread * size);
+    const int64_t first = share(matrix.rows, thread, threads), last = share(matrix.rows, thread + 1, threads);
+    add_gram(matrix.slice(first, last - first), data + thread * size);
   });
   for (int i = 1; i < threads; ++i)
     for (int64_t j = 0; j < size; ++j) data[j] += data[i * size + j];

@@ -121,13 +121,6 @@ void forward(const ForwardArgs& args) {
   });
 }
 
-// A matrix as rows that follow each other, in the accumulation type.
-template <class T>
-void copy(const View<T>& source, Acc<T>* out) {
-  for (int64_t r = 0; r < source.rows; ++r)
-    for (int64_t j = 0; j < source.cols; ++j) *out++ = load(source.row(r)[j * source.col_stride]);
-}
-
 template <class T>
 void step_input_gradients(const InputGradientArgs& args) {
   using S = Acc<T>;
@@ -143,8 +136,8 @@ void step_input_gradients(const InputGradientArgs& args) {
   Weights<S> input_weights, target_weights;
   if (args.d_input) {
     Buffer<S> rows(inner * args.in_features);
-    copy(encoder_view<T>(args), rows);
-    if (!separate) copy(decoder_view<T>(args).transposed(), rows + K * args.in_features);
+    copy<T, S>(encoder_view<T>(args), rows);
+    if (!separate) copy<T, S>(decoder_view<T>(args).transposed(), rows + K * args.in_features);
     load_weights(input_weights, View<S>{rows, args.in_features, 1, inner, args.in_features});
   }
   if (args.d_target) load_weights(target_weights, decoder_view<T>(args).transposed());

@@ -28,6 +28,19 @@ View<T> decoder_view(const LayerArgs& args) {
   return encoder_view<T>(args).transposed();
 }
 
+// A matrix as rows that follow each other; one that is transposed is read along its own rows.
+template <class T, class S>
+void copy(const View<T>& source, S* out) {
+  const int64_t cols = source.cols;
+  if (source.col_stride == 1) {
+    for (int64_t r = 0; r < source.rows; ++r)
+      for (int64_t j = 0; j < cols; ++j) out[r * cols + j] = S(load(source.row(r)[j]));
+  } else {
+    for (int64_t j = 0; j < cols; ++j)
+      for (int64_t r = 0; r < source.rows; ++r) out[r * cols + j] = S(load(source.row(r)[j * source.col_stride]));
+  }
+}
+
 // A bias in the accumulation type; zeros when it is absent.
 template <class T>
 void load_bias(const void* bias, int64_t count, Buffer<Acc<T>>& out) {

@@ -120,7 +120,7 @@ class SparseStep {
       bias_energy += bias * bias;
       for (int64_t k = 0; args.decoder_bias && k < K; ++k) bias_code[k] += bias * double(decoder_row(d)[k]);
     }
-    gram = gram_matrix(D, K, args.threads, gram_data, [&](int64_t d, int64_t k) { return decoder_row(d)[k]; });
+    gram = gram_matrix(View<S>{decoder_row(0), width, 1, D, K}, args.threads, gram_data);
   }
 
   // Rows first … last of [Weᵀ, Wd], zeros after it.

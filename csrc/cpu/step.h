@@ -84,6 +84,9 @@ class Step {
     Direct<T> direct;                                           // of tiles where the Gram form would cancel
   };
 
+  // Features that are taken at a time where the whole of Wd is gone through.
+  static constexpr int64_t kRows = 8 * kTileRows;
+
   struct Tile {
     int64_t first, rows, padded, next;  // first row, rows, with padding, and rows of the tile that follows
   };
@@ -120,7 +123,7 @@ class Step {
     gram_products(decoder, products);
     Buffer<double> bias_sums;
     bias_sums.allocate_zeros(K);
-    for (int64_t d = 0; args.decoder_bias && d < args.out_features; ++d) add_multiple(decoder_bias[d], decoder, d, bias_sums);
+    if (args.decoder_bias) add_bias_products(decoder, bias_sums);
     Buffer<S> rounded(K * K);
     gram_low.allocate(K * K);
     product_start.allocate_zeros(input_weights.padded_cols());
@@ -139,13 +142,16 @@ class Step {
     load_weights(gram, View<S>{rounded, K, 1, K, K});
   }
 
-  // sums += factor · a row of Wd.
-  void add_multiple(double factor, const View<T>& decoder, int64_t d, double* sums) const {
-    const T* row = decoder.row(d);
-    if (decoder.col_stride == 1) {
-      for (int64_t k = 0; k < K; ++k) sums[k] += factor * double(load(row[k]));
-    } else {
-      for (int64_t k = 0; k < K; ++k) sums[k] += factor * double(load(row[k * decoder.col_stride]));
+  // sums += bd·Wd.
+  void add_bias_products(const View<T>& decoder, double* sums) const {
+    Buffer<S> rows(kRows * K);
+    for (int64_t first = 0; first < args.out_features; first += kRows) {
+      const int64_t count = min(kRows, args.out_features - first);
+      copy<T, S>(decoder.slice(first, count), rows);
+      for (int64_t d = 0; d < count; ++d) {
+        const double bias = decoder_bias[first + d];
+        for (int64_t k = 0; k < K; ++k) sums[k] += bias * double(rows[d * K + k]);
+      }
     }
   }
 
@@ -154,8 +160,7 @@ class Step {
       half_gram(decoder, args.threads, products);
     } else {
       Buffer<double> sums;
-      const Panels<double> panels = gram_matrix(
-          args.out_features, K, args.threads, sums, [&](int64_t d, int64_t k) { return load(decoder.row(d)[k * decoder.col_stride]); });
+      const Panels<double> panels = gram_matrix(decoder, args.threads, sums);
       for (int64_t j = 0; j < K; ++j)
         for (int64_t k = 0; k < K; ++k) products[j * K + k] = *panels.at(j, k);
     }
@@ -413,56 +418,55 @@ class Step {
   }
 
   void finish_weights(Worker* workers, int thread) {
-    constexpr int64_t kRows = 8 * kTileRows;
     [[maybe_unused]] const MatrixUnit unit;
-    Buffer<S> gradient(kRows * code_stride());
+    Buffer<S> gradient(kRows * code_stride()), decoder_rows(kRows * K);
     Buffer<double> residuals(kRows * threads);
     Left<S> decoder;
     if (wants_code) decoder.allocate(kRows, K);
     const int64_t features = max(args.in_features, args.out_features), units = (features + kRows - 1) / kRows;
     for (int64_t unit = share(units, thread, threads); unit < share(units, thread + 1, threads); ++unit) {
       const int64_t first = unit * kRows, outputs = min(kRows, args.out_features - first);
-      if (outputs > 0 && (wants_code || args.d_decoder_bias)) sum_residuals(workers, first, outputs, residuals);
-      if (outputs > 0 && wants_code) decoder_gradient(workers, first, outputs, residuals, decoder, gradient);
+      if (outputs > 0 && (wants_code || args.d_decoder_bias)) {
+        copy<T, S>(decoder_view<T>(args).slice(first, outputs), decoder_rows);
+        sum_residuals(workers, first, outputs, decoder_rows, residuals);
+      }
+      if (outputs > 0 && wants_code) {
+        decoder.pack(View<S>{decoder_rows, K, 1, outputs, K}, visit_nothing);
+        decoder_gradient(workers, first, outputs, residuals, decoder, gradient);
+      }
       if (args.d_encoder_weight && first < args.in_features)
         encoder_gradient(workers, first, min(kRows, args.in_features - first), gradient);
     }
   }
 
   // Σ r = Wd Σz − Σ a of columns first … first + count, from each thread's Gram tiles; with those of direct tiles, dbd.
-  void sum_residuals(Worker* workers, int64_t first, int64_t count, double* residuals) {
-    const View<T> decoder = decoder_view<T>(args).slice(first, count);
+  // `decoder` holds these rows of Wd.
+  void sum_residuals(Worker* workers, int64_t first, int64_t count, const S* decoder, double* residuals) {
     for (int64_t d = 0; d < count; ++d) {
       double total = 0;
       for (int i = 0; i < threads; ++i) {
         double& residual = residuals[d * threads + i];
-        residual = dot(decoder.row(d), decoder.col_stride, workers[i].code_sum) - workers[i].statistics.sum(first + d);
+        residual = dot(decoder + d * K, workers[i].code_sum) - workers[i].statistics.sum(first + d);
         total += residual + workers[i].direct.residual_sum(first + d);
       }
       if (args.d_decoder_bias) static_cast<S*>(args.d_decoder_bias)[first + d] = S(total);
     }
   }
 
-  double dot(const T* weight, int64_t stride, const double* sums) const {
-    return stride == 1 ? dot([&](int64_t k) { return double(load(weight[k])); }, sums)
-                       : dot([&](int64_t k) { return double(load(weight[k * stride])); }, sums);
-  }
-  template <class Weight>
-  double dot(const Weight& weight, const double* sums) const {
+  double dot(const S* weight, const double* sums) const {
     constexpr int kSums = 16;
     double parts[kSums] = {};
     int64_t k = 0;
     for (; k + kSums <= K; k += kSums)
-      for (int j = 0; j < kSums; ++j) parts[j] += weight(k + j) * sums[k + j];
-    for (int j = 0; k < K; ++k, ++j) parts[j] += weight(k) * sums[k];
+      for (int j = 0; j < kSums; ++j) parts[j] += double(weight[k + j]) * sums[k + j];
+    for (int j = 0; k < K; ++k, ++j) parts[j] += double(weight[k]) * sums[k];
     double total = 0;
     for (double part : parts) total += part;
     return total;
   }
 
   // Rows first … first + count of dWd, into `gradient` and, untied, to the caller.
-  void decoder_gradient(Worker* workers, int64_t first, int64_t count, const double* residuals, Left<S>& decoder, S* gradient) {
-    decoder.pack(decoder_view<T>(args).slice(first, count), visit_nothing);
+  void decoder_gradient(Worker* workers, int64_t first, int64_t count, const double* residuals, const Left<S>& decoder, S* gradient) {
     decoder.multiply(code_products, 0, K, gradient, code_stride(), Into::store);
     for (int64_t d = 0; d < count; ++d) {
       S* row = gradient + d * code_stride();
