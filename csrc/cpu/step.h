@@ -79,7 +79,8 @@ class Step {
     Buffer<S> centre;                                           // m
     Buffer<double> code_sum, centred_sum, slope_sum;            // Σz, Σy, Σ dU
     Statistics<T, Left<T>::kBlockRows, Left<T>::kBlockCols> statistics;  // Σ A² of a tile, Σa
-    Buffer<double> tile_code_sum, lost;                         // Σz of one tile, and its mean times G's rounding
+    Buffer<double> tile_code_sum;                               // Σz of one tile
+    Buffer<S> lost;                                             // its mean times G's rounding
     Buffer<double> cross;                                       // Σ z ⊙ (e − q) of one tile
     Direct<T> direct;                                           // of tiles where the Gram form would cancel
   };
@@ -136,7 +137,7 @@ class Step {
         // Summed on and above the diagonal.
         const double product = j < k ? products[j * K + k] : products[k * K + j];
         rounded[j * K + k] = kept<Code<T>>(S(product));
-        gram_low[j * K + k] = product - double(rounded[j * K + k]);
+        gram_low[j * K + k] = S(product - double(rounded[j * K + k]));
       }
     }
     load_weights(gram, View<S>{rounded, K, 1, K, K});
@@ -319,11 +320,10 @@ class Step {
 
   // Σ z of the tile, and its mean row times what G lost to rounding.
   void sum_codes(Worker& w, const Tile& tile) const {
-    for (int64_t k = 0; k < K; ++k) w.tile_code_sum[k] = w.lost[k] = 0;
-    for (int64_t r = 0; r < tile.rows; ++r)
-      for (int64_t k = 0; k < K; ++k) w.tile_code_sum[k] += double(w.code[r * code_stride() + k]);
+    for (int64_t k = 0; k < K; ++k) w.tile_code_sum[k] = 0, w.lost[k] = 0;
+    add_rows(code(w, tile.rows), w.tile_code_sum);
     for (int64_t j = 0; j < K; ++j) {
-      const double mean = w.tile_code_sum[j] / double(tile.rows);
+      const S mean = S(w.tile_code_sum[j] / double(tile.rows));
       for (int64_t k = 0; k < K; ++k) w.lost[k] += mean * gram_low[j * K + k];
     }
   }
@@ -334,22 +334,24 @@ class Step {
       S* slope = w.slope + r * code_stride();
       const S* e = w.error + r * code_stride();
       for (int64_t k = 0; k < K; ++k) slope[k] *= e[k];
-      for (int64_t k = 0; k < K; ++k) w.slope_sum[k] += double(slope[k]);
       if (args.code_gradient)
         std::memcpy(static_cast<S*>(args.code_gradient) + (tile.first + r) * K, slope, K * sizeof(S));
     }
+    add_rows(slopes(w, tile.rows), w.slope_sum);
   }
 
   // The first rows of Z or, later, of Y; in padding rows it is zero.
   View<S> code(const Worker& w, int64_t rows) const { return {w.code, code_stride(), 1, rows, K}; }
+
+  View<S> slopes(const Worker& w, int64_t rows) const { return {w.slope, code_stride(), 1, rows, K}; }
 
   // Y, in the place of Z.
   void centre_codes(Worker& w, const Tile& tile) const {
     for (int64_t r = 0; r < tile.rows; ++r) {
       S* code = w.code + r * code_stride();
       for (int64_t k = 0; k < K; ++k) code[k] -= w.centre[k];
-      for (int64_t k = 0; k < K; ++k) w.centred_sum[k] += double(code[k]);
     }
+    add_rows(code(w, tile.rows), w.centred_sum);
   }
 
   // The sums over rows. A direct tile has already given the decoder's share, as RᵀZ and Σ R.
@@ -376,7 +378,6 @@ class Step {
   // V = [Y, dU]; tied: dU − Y. In a direct tile Y counts as zero.
   void fill_values(Worker& w, const Tile& tile, bool direct) {
     w.values.shape(tile.rows, input_width());
-    const View<S> slope{w.slope, code_stride(), 1, tile.rows, K};
     if (joint && wants_code) {
       if (direct)
         for (int64_t r = 0; r < tile.rows; ++r) std::memset(w.code + r * code_stride(), 0, K * sizeof(S));
@@ -386,7 +387,7 @@ class Step {
       if (tied && !separate && !direct)
         for (int64_t r = 0; r < tile.rows; ++r)
           for (int64_t k = 0; k < K; ++k) w.slope[r * code_stride() + k] -= w.code[r * code_stride() + k];
-      w.values.put(slope, slope_column());
+      w.values.put(slopes(w, tile.rows), slope_column());
     }
     w.values.pad();
   }
@@ -496,7 +497,8 @@ class Step {
   const int64_t K;
   Buffer<S> encoder_bias, decoder_bias;
   Buffer<S> product_start;                // what a row of X·[Weᵀ, Wd] begins with: [be, 0]
-  Buffer<double> code_offset, gram_low;
+  Buffer<double> code_offset;
+  Buffer<S> gram_low;                     // what rounding takes from G
   Weights<T> input_weights, target_weights;
   Weights<Code<T>> gram;                  // G
   Weights<S> code_products;               // YᵀY + m (Σy)ᵀ
