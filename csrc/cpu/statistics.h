@@ -69,28 +69,33 @@ class Statistics {
   // N vectors of columns from j on.
   template <int N>
   void add_columns(const View<T>& block, int64_t col, int64_t j, Vector* squares) {
-    Vector bias[N], sums[N] = {};
-    for (int v = 0; v < N; ++v) std::memcpy(&bias[v], bias_ + col + j + v * L, sizeof bias[v]);
+    // In registers: what `squares` points to might be what is read.
+    Vector bias[N], square[N], sums[N] = {};
+    for (int v = 0; v < N; ++v) {
+      bias[v] = *reinterpret_cast<const Vector*>(bias_ + col + j + v * L);
+      square[v] = squares[v];
+    }
     for (int64_t i = 0; i < block.rows; ++i)
 #pragma GCC unroll 4
       for (int v = 0; v < N; ++v) {
         const Vector difference = load_vector(block.row(i) + j + v * L) - bias[v];
         sums[v] += difference;
-        squares[v] += difference * difference;
+        square[v] += difference * difference;
       }
     double* out = tile_ + col + j;
+    for (int v = 0; v < N; ++v) squares[v] = square[v];
     for (int v = 0; v < N; ++v)
       for (int l = 0; l < L; ++l) out[v * L + l] += double(sums[v][l]);
   }
 
   static Vector load_vector(const T* t) {
-    Vector out;
     if constexpr (sizeof(T) == sizeof(S)) {
-      std::memcpy(&out, t, sizeof out);
+      return *reinterpret_cast<const Vector*>(t);
     } else {
+      Vector out;
       for (int l = 0; l < L; ++l) out[l] = load(t[l]);
+      return out;
     }
-    return out;
   }
 
   const S* bias_ = nullptr;
