@@ -78,7 +78,7 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
         return function.apply(*args)
     # What `apply` does here: it also inspects the signature for defaults, of which there are none, and that takes a
     # tenth of a millisecond when nothing of it is in a cache.
-    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
 def _backward(function: type[_Kernel], grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:

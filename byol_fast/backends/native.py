@@ -99,9 +99,7 @@ class Native:
     def squared_error_backward(
         self, input: Tensor, target: Tensor, scale: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        outputs = [
-            _result_like(tensor) if need else None for tensor, need in zip((input, target), needs, strict=True)
-        ]
+        outputs = [_result_like(tensor) if need else None for tensor, need in zip((input, target), needs, strict=True)]
         present = [output for output in outputs if output is not None]
         rows, cols, matrices, (x, t, *others) = _collapsed(input, target, *present)
         addresses = iter(others)

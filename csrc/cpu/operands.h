@@ -59,6 +59,20 @@ void add_rows(const View<S>& rows, double* sums) {
     for (int64_t k = 0; k < rows.cols; ++k) sums[k] += double(rows.row(r)[k]);
 }
 
+// Σ a ⊙ b, in double.
+template <class S>
+double dot(const S* a, const double* b, int64_t count) {
+  constexpr int kSums = 16;
+  double parts[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= count; i += kSums)
+    for (int j = 0; j < kSums; ++j) parts[j] += double(a[i + j]) * b[i + j];
+  for (int j = 0; i < count; ++i, ++j) parts[j] += double(a[i]) * b[i];
+  double total = 0;
+  for (double part : parts) total += part;
+  return total;
+}
+
 // A bias in the accumulation type; zeros when it is absent.
 template <class T>
 void load_bias(const void* bias, int64_t count, Buffer<Acc<T>>& out) {

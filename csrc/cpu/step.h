@@ -447,23 +447,11 @@ class Step {
       double total = 0;
       for (int i = 0; i < threads; ++i) {
         double& residual = residuals[d * threads + i];
-        residual = dot(decoder + d * K, workers[i].code_sum) - workers[i].statistics.sum(first + d);
+        residual = dot<S>(decoder + d * K, workers[i].code_sum, K) - workers[i].statistics.sum(first + d);
         total += residual + workers[i].direct.residual_sum(first + d);
       }
       if (args.d_decoder_bias) static_cast<S*>(args.d_decoder_bias)[first + d] = S(total);
     }
-  }
-
-  double dot(const S* weight, const double* sums) const {
-    constexpr int kSums = 16;
-    double parts[kSums] = {};
-    int64_t k = 0;
-    for (; k + kSums <= K; k += kSums)
-      for (int j = 0; j < kSums; ++j) parts[j] += double(weight[k + j]) * sums[k + j];
-    for (int j = 0; k < K; ++k, ++j) parts[j] += double(weight[k]) * sums[k];
-    double total = 0;
-    for (double part : parts) total += part;
-    return total;
   }
 
   // Rows first … first + count of dWd, into `gradient` and, untied, to the caller.
