@@ -51,7 +51,7 @@ _ON_AVX512 = _Operations(
 )
 _BFLOAT16_ON_AVX512 = _Operations(
     step=_Least(4_000_000, 8, 4),
-    loss=_Least(4_000_000, 16, 8),
+    loss=_Least(4_000_000, 32, 4),
     layer=_Least(8_000_000, 8, outputs=_LARGE_BFLOAT16),
     layer_step=_Least(8_000_000, 8, outputs=_LARGE_BFLOAT16),
 )
