@@ -76,8 +76,8 @@ def _needs(*tensors: Tensor | None) -> list[bool]:
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    # What `apply` does here: it also inspects the signature for defaults, of which there are none, and that takes a
-    # tenth of a millisecond when nothing of it is in a cache.
+    # What `apply` does here, but for inspecting the signature for defaults, of which there are none: much code to run
+    # through when a kernel has just driven all of it out of the caches.
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 

@@ -236,7 +236,7 @@ class Backward {
     w.grad_sum.allocate_zeros(args.out_features);
     for_each_tile(args, thread, threads, height, [&](int64_t first, int64_t rows) {
       const View<T> grads_of_all = view<T>(args.grad, args.rows, args.out_features), grad = grads_of_all.slice(first, rows);
-      if (args.d_decoder_bias) add_rows(grad, w.grad_sum);
+      if (args.d_decoder_bias) add_rows<T>(grad, w.grad_sum);
       if (!wants_code && !wants_slope) return;
       grads.pack(grad, visit_nothing);
       const S* u = static_cast<const S*>(args.preactivation) + first * K;
@@ -266,11 +266,6 @@ class Backward {
         for (int64_t j = 0; args.residual && j < n; ++j) values[j] += load(g[j]);
       });
     });
-  }
-
-  static void add_rows(const View<T>& rows, double* sum) {
-    for (int64_t r = 0; r < rows.rows; ++r)
-      for (int64_t j = 0; j < rows.cols; ++j) sum[j] += double(load(rows.data[r * rows.row_stride + j]));
   }
 
   void finish(Worker* workers) {

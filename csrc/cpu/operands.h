@@ -42,21 +42,21 @@ void copy(const View<T>& source, S* out) {
 }
 
 // sums += the sum of all rows; a few at a time are added up before it goes on in double.
-template <class S>
-void add_rows(const View<S>& rows, double* sums) {
+template <class T>
+void add_rows(const View<T>& rows, double* sums) {
   constexpr int64_t kRows = 8;
   int64_t r = 0;
   for (; r + kRows <= rows.rows; r += kRows) {
-    const S* first = rows.row(r);
+    const T* first = rows.row(r);
     for (int64_t k = 0; k < rows.cols; ++k) {
-      S sum = first[k];
+      Acc<T> sum = load(first[k]);
 #pragma GCC unroll 8
-      for (int64_t i = 1; i < kRows; ++i) sum += first[i * rows.row_stride + k];
+      for (int64_t i = 1; i < kRows; ++i) sum += load(first[i * rows.row_stride + k]);
       sums[k] += double(sum);
     }
   }
   for (; r < rows.rows; ++r)
-    for (int64_t k = 0; k < rows.cols; ++k) sums[k] += double(rows.row(r)[k]);
+    for (int64_t k = 0; k < rows.cols; ++k) sums[k] += double(load(rows.row(r)[k]));
 }
 
 // Σ a ⊙ b, in double.
