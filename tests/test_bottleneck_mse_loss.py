@@ -98,6 +98,16 @@ def test_codes_with_a_mean_cost_no_digits(
         step_with_code_means(dtype, tied, centred_data, spread)
 
 
+# A residual that is noise leaves, of terms that grow with the number of rows, its root: what each row loses in the same
+# way, and what sums lose that go on in float, would be seen. Eager PyTorch sums the residual itself.
+@pytest.mark.skipif("native" not in BACKENDS, reason="there is no native core in this installation")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "ratio"), [(8_209, 0.3), (50_021, 1.0), (200_003, 1.0), (200_003, 0.3)])
+def test_many_rows_cost_no_digits(rows: int, ratio: float, dtype: torch.dtype) -> None:
+    with bf.use_backend("native"):
+        check_step(make_operands(rows, 64, 5, 64, dtype=dtype, target=True, ratio=ratio), reduction="sum")
+
+
 # The last is long enough for several row tiles, threads and accumulators.
 SHAPES = [(1, 1, 1), (1, 83, 13), (2, 5, 7), (13, 3, 1), (97, 31, 37), (5, 257, 3), (1009, 29, 2), (3001, 199, 41)]
 

@@ -42,8 +42,9 @@ class Direct {
   }
 
   // out[0 … count] += row d of RᵀZ; nothing when no tile was direct.
-  void add_code_sums(S* out, int64_t count, int64_t d) const {
-    if (blocks_) blocks_[d / kResidualCols].code_sums.add_row(out, count, d % kResidualCols, 0, S(1));
+  template <class Out>
+  void add_code_sums(Out* out, int64_t count, int64_t d) const {
+    if (blocks_) blocks_[d / kResidualCols].code_sums.add_row(out, count, d % kResidualCols, 0, 1);
   }
   // Σ R of one column.
   double residual_sum(int64_t col) const { return residual_sum_ ? residual_sum_[col] : 0.0; }

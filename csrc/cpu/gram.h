@@ -68,12 +68,9 @@ void half_gram(const View<T>& matrix, int most_threads, double* out) {
         part.rows.multiply_symmetric(part.values, part.sums);
       }
     });
-    Buffer<Acc<T>> row(K);
-    for (int64_t j = 0; j < K; ++j) {
-      std::memset(row, 0, K * sizeof(Acc<T>));
-      for (int i = 0; i < threads; ++i) parts[i].sums.add_row(row, K, j, 0, 1);
-      for (int64_t k = 0; k < K; ++k) out[j * K + k] = double(row[k]);
-    }
+    std::memset(out, 0, K * K * sizeof(double));
+    for (int64_t j = 0; j < K; ++j)
+      for (int i = 0; i < threads; ++i) parts[i].sums.add_row(out + j * K, K, j, 0, 1);
   } catch (...) {
     delete[] parts;
     throw;

@@ -301,7 +301,7 @@ class Backward {
   void decoder_gradient(Worker* workers, int64_t d) const {
     S* out = static_cast<S*>(args.d_decoder_weight) + d * K;
     for (int64_t k = 0; k < K; ++k) out[k] = S(0);
-    for (int i = 0; i < threads; ++i) workers[i].decoder_sums.add_row(out, K, d, 0, S(1));
+    for (int i = 0; i < threads; ++i) workers[i].decoder_sums.add_row(out, K, d, 0, 1);
   }
 
   const BackwardArgs& args;

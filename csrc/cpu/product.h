@@ -170,22 +170,14 @@ struct Panels {
   int64_t stride() const { return rows * kCols<S>; }
   S* panel(int64_t i) const { return data + i * stride(); }
   S* row(int64_t r, int64_t panel_index) const { return panel(panel_index) + r * kCols<S>; }
-  S* at(int64_t r, int64_t c) const { return row(r, c / kCols<S>) + c % kCols<S>; }
+  int64_t offset(int64_t r, int64_t c) const { return c / kCols<S> * stride() + r * kCols<S> + c % kCols<S>; }
+  S* at(int64_t r, int64_t c) const { return data + offset(r, c); }
   // The panels that hold the columns from `first` on, or those before `end`.
   Panels from(int64_t first) const {
     const int64_t skipped = first / kCols<S> * kCols<S>;
     return {panel(first / kCols<S>), rows, cols - skipped, live_cols - skipped};
   }
   Panels until(int64_t end) const { return {data, rows, round_up(end, kCols<S>), min(live_cols, end)}; }
-  // out[0 … count] += sign · the numbers of row r from column c on; nothing when there are no panels.
-  void add_row(S* out, int64_t count, int64_t r, int64_t c, S sign) const {
-    for (int64_t k = 0; data && k < count;) {
-      const S* from = at(r, c + k);
-      const int64_t width = min(kCols<S> - (c + k) % kCols<S>, count - k);
-      for (int64_t j = 0; j < width; ++j) out[k + j] += sign * from[j];
-      k += width;
-    }
-  }
 };
 
 // Writes `source` into the panels' columns first … first + source.cols; the caller pads (zero_padding).

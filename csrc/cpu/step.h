@@ -18,10 +18,10 @@
 #include "abi.h"
 #include "activation.h"
 #include "direct.h"
-#include "gram.h"
 #include "operands.h"
 #include "parallel_for.h"
 #include "statistics.h"
+#include "step_weights.h"
 
 namespace byol::BYOL_ISA {
 
@@ -29,6 +29,12 @@ namespace byol::BYOL_ISA {
 // ones. Half-precision inputs are so coarse that the Gram form in float is always more accurate than eager.
 template <class T>
 constexpr double kDirectBelow = sizeof(T) == 8 ? 1e-3 : sizeof(T) == 4 ? 4e-3 : 0.0;
+
+// In float, sums over many rows lose digits in ways that do not average out: terms of dWd grow with the rows where dWd, of
+// residuals that are noise, grows with their root, and all rows share G's rounding. With ρ the missed part of the energy, no
+// thread sums more than kSummed·√ρ rows before it carries the sums into double; with more than kInFloat·ρ rows in all, dWd is put
+// together in double; and with more than kRounded·ρ each row is given back what rounding took from G.
+constexpr double kSummed = 12e3, kInFloat = 40e3, kRounded = 160e3;
 
 // One of so many rows tells where the codes are centred; a thread that has less than half a block of these does without.
 constexpr int64_t kSampled = 128;
@@ -46,28 +52,44 @@ class Step {
         wants_code(tied ? args.d_encoder_weight : args.d_decoder_weight),
         wants_slope(args.d_encoder_weight || args.d_encoder_bias || args.code_gradient),
         threads(useful_threads(args, 2)),
-        K(args.rank) {}
+        K(args.rank),
+        weights(args) {}
 
   double run() {
-    prepare();
     Worker* workers = new Worker[threads];
-    double total = 0;
+    Missed missed;
     try {
       parallel_for(threads, [&](int thread) { run_share(workers[thread], thread); });
-      for (int i = 0; i < threads; ++i) total += workers[i].total;
-      finish(workers);
+      for (int i = 0; i < threads; ++i) missed.add(workers[i].missed.squared_error, workers[i].missed.energy);
+      exceeds(kInFloat, missed) ? finish<double>(workers) : finish<S>(workers);
     } catch (...) {
       delete[] workers;
       throw;
     }
     delete[] workers;
-    return total;
+    return missed.squared_error;
   }
 
  private:
+  // Of the tiles so far.
+  struct Missed {
+    double squared_error = 0, energy = 0;  // Σ R², and what it may not be too small a part of
+
+    void add(double more_error, double more_energy) { squared_error += more_error, energy += more_energy; }
+    double ratio() const { return energy > 0 ? squared_error / energy : 1; }
+  };
+
+  static bool carries(int64_t rows, const Missed& missed) {
+    return sizeof(T) == 4 && double(rows) * double(rows) > kSummed * kSummed * missed.ratio();
+  }
+  bool exceeds(double limit, const Missed& missed) const {
+    return sizeof(T) == 4 && double(args.rows) > limit * missed.ratio();
+  }
+
   // What one thread owns.
   struct Worker {
-    double total = 0;
+    Missed missed;
+    int64_t summed = 0;                                         // rows since sums were carried
     bool expects_direct = false;                                // of the next tile
     Left<T> input, target;                                      // packed tiles of X and T
     Left<Code<T>> packed_code;                                  // of Z, then of Y
@@ -80,7 +102,7 @@ class Step {
     Buffer<double> code_sum, centred_sum, slope_sum;            // Σz, Σy, Σ dU
     Statistics<T, Left<T>::kBlockRows, Left<T>::kBlockCols> statistics;  // Σ A² of a tile, Σa
     Buffer<double> tile_code_sum;                               // Σz of one tile
-    Buffer<S> lost;                                             // its mean times G's rounding
+    Buffer<S> lost;                                             // Z times G's rounding
     Buffer<double> cross;                                       // Σ z ⊙ (e − q) of one tile
     Direct<T> direct;                                           // of tiles where the Gram form would cancel
   };
@@ -96,77 +118,6 @@ class Step {
     return separate ? view<T>(args.target, args.rows, args.out_features) : input_view<T>(args);
   }
 
-  // ------------------------------------------------------------------------------------------- once per step
-
-  void prepare() {
-    load_bias<T>(args.encoder_bias, K, encoder_bias);
-    load_bias<T>(args.decoder_bias, args.out_features, decoder_bias);
-    const View<T> encoder = encoder_view<T>(args), decoder = decoder_view<T>(args);
-    pack_encoder(encoder, decoder);
-    if (separate) load_weights(target_weights, decoder);
-    make_gram(decoder);
-  }
-
-  // [Weᵀ, Wd] in the joint case, else Weᵀ.
-  void pack_encoder(const View<T>& encoder, const View<T>& decoder) {
-    const int64_t width = joint ? 2 * K : K;
-    input_weights.allocate(args.in_features, width);
-    input_weights.shape(args.in_features, width);
-    input_weights.put(encoder.transposed());
-    if (joint) input_weights.put(decoder, K);
-    input_weights.pad();
-  }
-
-  // G = Wdᵀ Wd and the row vector bd·Wd, which is summed in double. What rounding G takes away is given back for the mean row of
-  // each tile.
-  void make_gram(const View<T>& decoder) {
-    const Buffer<double> products(K * K);
-    gram_products(decoder, products);
-    Buffer<double> bias_sums;
-    bias_sums.allocate_zeros(K);
-    if (args.decoder_bias) add_bias_products(decoder, bias_sums);
-    Buffer<S> rounded(K * K);
-    gram_low.allocate(K * K);
-    product_start.allocate_zeros(input_weights.padded_cols());
-    std::memcpy(product_start, encoder_bias, K * sizeof(S));
-    code_offset.allocate(K);
-    for (int64_t j = 0; j < K; ++j) {
-      // The product of tied weights has the encoder's bias in it, too.
-      code_offset[j] = bias_sums[j] + (tied && !separate ? double(encoder_bias[j]) : 0.0);
-      for (int64_t k = 0; k < K; ++k) {
-        // Summed on and above the diagonal.
-        const double product = j < k ? products[j * K + k] : products[k * K + j];
-        rounded[j * K + k] = kept<Code<T>>(S(product));
-        gram_low[j * K + k] = S(product - double(rounded[j * K + k]));
-      }
-    }
-    load_weights(gram, View<S>{rounded, K, 1, K, K});
-  }
-
-  // sums += bd·Wd.
-  void add_bias_products(const View<T>& decoder, double* sums) const {
-    Buffer<S> rows(kRows * K);
-    for (int64_t first = 0; first < args.out_features; first += kRows) {
-      const int64_t count = min(kRows, args.out_features - first);
-      copy<T, S>(decoder.slice(first, count), rows);
-      for (int64_t d = 0; d < count; ++d) {
-        const double bias = decoder_bias[first + d];
-        for (int64_t k = 0; k < K; ++k) sums[k] += bias * double(rows[d * K + k]);
-      }
-    }
-  }
-
-  void gram_products(const View<T>& decoder, double* products) const {
-    if constexpr (sizeof(T) == 2) {
-      half_gram(decoder, args.threads, products);
-    } else {
-      Buffer<double> sums;
-      const Panels<double> panels = gram_matrix(decoder, args.threads, sums);
-      for (int64_t j = 0; j < K; ++j)
-        for (int64_t k = 0; k < K; ++k) products[j * K + k] = *panels.at(j, k);
-    }
-  }
-
   // ------------------------------------------------------------------------------------------- once per thread
 
   void run_share(Worker& w, int thread) {
@@ -179,11 +130,15 @@ class Step {
     w.expects_direct = args.form == Form::direct;
     for (int64_t row = first; row < last; row += height) {
       const int64_t rows = min(height, last - row);
+      if (carries(w.summed + rows, w.missed)) carry(w);
+      w.summed += rows;
       run_tile(w, {row, rows, pad_rows<T>(rows), min(height, last - row - rows)});
     }
   }
 
-  int64_t code_stride() const { return gram.padded_cols(); }
+  static void carry(Worker& w) { w.input_sums.carry(), w.target_sums.carry(), w.code_products.carry(), w.summed = 0; }
+
+  int64_t code_stride() const { return weights.gram.padded_cols(); }
   // V for the input: the columns of Y (unless tied or separate), then those of dU, as far as they are wanted.
   int64_t slope_column() const { return joint && wants_code ? K : 0; }
   int64_t input_width() const {
@@ -195,14 +150,14 @@ class Step {
   void allocate(Worker& w, int64_t height) {
     const int64_t code_size = round_up(height, kTileRows) * code_stride();
     w.input.allocate(height, args.in_features);
-    w.product.allocate(height * input_weights.padded_cols());
+    w.product.allocate(height * weights.input_weights.padded_cols());
     w.code.allocate(code_size);
     w.error.allocate(code_size);
     if (wants_slope) w.slope.allocate(code_size);
     w.packed_code.allocate(height, K);
     if (separate) {
       w.target.allocate(height, args.out_features);
-      w.target_product.allocate(height * target_weights.padded_cols());
+      w.target_product.allocate(height * weights.target_weights.padded_cols());
     }
     if (input_width()) {
       w.values.allocate(height, input_width());
@@ -218,10 +173,10 @@ class Step {
       w.centre.allocate_zeros(K);
       w.centred_sum.allocate_zeros(K);
     }
-    w.statistics.allocate(decoder_bias, args.out_features);
+    w.statistics.allocate(weights.decoder_bias, args.out_features);
     w.code_sum.allocate_zeros(K);
     w.tile_code_sum.allocate(K);
-    w.lost.allocate(K);
+    w.lost.allocate(sizeof(T) == 4 ? code_size : K);
     w.cross.allocate(K);
     w.slope_sum.allocate_zeros(K);
   }
@@ -233,7 +188,7 @@ class Step {
     w.input.pack(rows, visit_nothing);
     multiply_input(w, samples, K, input_view<T>(args).slice(first, min(height, count)));
     for (int64_t r = 0; r < samples; ++r) {
-      activate<S>(args.activation, w.product + r * input_weights.padded_cols(), w.code, nullptr, K);
+      activate<S>(args.activation, w.product + r * weights.input_weights.padded_cols(), w.code, nullptr, K);
       for (int64_t k = 0; k < K; ++k) w.centre[k] += w.code[k] / S(samples);
     }
   }
@@ -252,14 +207,14 @@ class Step {
     } else {
       w.input.pack(inputs, measure);
     }
-    multiply_input(w, tile.padded, w.expects_direct ? K : input_weights.padded_cols(), next_inputs);
+    multiply_input(w, tile.padded, w.expects_direct ? K : weights.input_weights.padded_cols(), next_inputs);
     encode(w, tile);
     const Energy energy = w.statistics.energy(tile.rows);
     const bool direct = w.expects_direct || !gram_loss(w, tile, energy);
     if (direct) {
       const double squared_error =
-          w.direct.run(args, decoder_bias, targets, code(w, tile.rows), wants_code, w.error, code_stride());
-      w.total += squared_error;
+          w.direct.run(args, weights.decoder_bias, targets, code(w, tile.rows), wants_code, w.error, code_stride());
+      w.missed.add(squared_error, most(energy));
       w.expects_direct = takes_direct(energy, squared_error);
     }
     if (wants_slope) finish_slope(w, tile);
@@ -268,15 +223,15 @@ class Step {
 
   // U, in the first `cols` columns, and what else of X·[Weᵀ, Wd] is wanted.
   void multiply_input(Worker& w, int64_t rows, int64_t cols, const View<T>& next) const {
-    const int64_t width = input_weights.padded_cols();
-    fill_rows<S>(w.product, width, rows, product_start, width);
-    w.input.multiply(input_weights, 0, cols, w.product, width, Into::begin, next);
+    const int64_t width = weights.input_weights.padded_cols();
+    fill_rows<S>(w.product, width, rows, weights.product_start, width);
+    w.input.multiply(weights.input_weights, 0, cols, w.product, width, Into::begin, next);
   }
 
   // Z = f(U) and f′(U); the padding rows of Z are zero.
   void encode(Worker& w, const Tile& tile) {
     for (int64_t r = 0; r < tile.rows; ++r) {
-      const S* product = w.product + r * input_weights.padded_cols();
+      const S* product = w.product + r * weights.input_weights.padded_cols();
       activate(args.activation, product, w.code + r * code_stride(), wants_slope ? w.slope + r * code_stride() : nullptr, K);
       if (args.code) std::memcpy(static_cast<S*>(args.code) + (tile.first + r) * K, w.code + r * code_stride(), K * sizeof(S));
     }
@@ -286,21 +241,23 @@ class Step {
   // Makes E = Z G − Q and adds the tile's Σ R²; false when the direct form has to do the tile instead.
   bool gram_loss(Worker& w, const Tile& tile, const Energy& energy) {
     if (separate)
-      w.target.multiply(target_weights, 0, K, w.target_product, target_weights.padded_cols(), Into::store,
+      w.target.multiply(weights.target_weights, 0, K, w.target_product, weights.target_weights.padded_cols(), Into::store,
                         target_view().slice(tile.first + tile.rows, tile.next));
     w.packed_code.pack(code(w, tile.padded), visit_nothing);
-    w.packed_code.multiply(gram, 0, K, w.error, code_stride(), Into::store);
+    w.packed_code.multiply(weights.gram, 0, K, w.error, code_stride(), Into::store);
     const S* products = separate ? w.target_product : w.product + (joint ? K : 0);
-    const int64_t stride = separate ? target_weights.padded_cols() : input_weights.padded_cols();
+    const int64_t stride = separate ? weights.target_weights.padded_cols() : weights.input_weights.padded_cols();
     sum_codes(w, tile);
+    const View<S> lost_products = multiply_lost(w, tile);
     for (int64_t k = 0; k < K; ++k) w.cross[k] = 0;
     for (int64_t r = 0; r < tile.rows; ++r) {
       const S* product = products + r * stride;
       const S* z = w.code + r * code_stride();
+      const S* lost = lost_products.row(r);
       S* e = w.error + r * code_stride();
 #pragma GCC ivdep
       for (int64_t k = 0; k < K; ++k) {
-        const double q = double(product[k]) - code_offset[k], error = double(e[k]) + w.lost[k] - q;
+        const double q = double(product[k]) - weights.code_offset[k], error = double(e[k]) + lost[k] - q;
         e[k] = S(error);
         w.cross[k] += double(z[k]) * (error - q);
       }
@@ -308,24 +265,34 @@ class Step {
     double squared_error = energy.centred;
     for (int64_t k = 0; k < K; ++k) squared_error += w.cross[k];
     if (takes_direct(energy, squared_error)) return false;
-    w.total += squared_error;
+    w.missed.add(squared_error, most(energy));
     return true;
   }
 
   // Q and TᵀZ are made of T, biases and all, Σ R² of A: of neither may the residual be too small a part.
+  static double most(const Energy& energy) { return energy.raw > energy.centred ? energy.raw : energy.centred; }
   bool takes_direct(const Energy& energy, double squared_error) const {
-    const double most = energy.raw > energy.centred ? energy.raw : energy.centred;
-    return args.form == Form::direct || (args.form == Form::automatic && squared_error < kDirectBelow<T> * most);
+    return args.form == Form::direct || (args.form == Form::automatic && squared_error < kDirectBelow<T> * most(energy));
   }
 
-  // Σ z of the tile, and its mean row times what G lost to rounding.
+  // Σ z of the tile.
   void sum_codes(Worker& w, const Tile& tile) const {
-    for (int64_t k = 0; k < K; ++k) w.tile_code_sum[k] = 0, w.lost[k] = 0;
+    for (int64_t k = 0; k < K; ++k) w.tile_code_sum[k] = 0;
     add_rows(code(w, tile.rows), w.tile_code_sum);
+  }
+
+  // Z times what rounding took from G; where rows are few, of their mean, in all rows.
+  View<S> multiply_lost(Worker& w, const Tile& tile) const {
+    if (exceeds(kRounded, w.missed)) {
+      w.packed_code.multiply(weights.lost_weights, 0, K, w.lost, code_stride(), Into::store);
+      return {w.lost, code_stride(), 1, tile.rows, K};
+    }
+    std::memset(w.lost, 0, K * sizeof(S));
     for (int64_t j = 0; j < K; ++j) {
       const S mean = S(w.tile_code_sum[j] / double(tile.rows));
-      for (int64_t k = 0; k < K; ++k) w.lost[k] += mean * gram_low[j * K + k];
+      for (int64_t k = 0; k < K; ++k) w.lost[k] += mean * weights.lost[j * K + k];
     }
+    return {w.lost, 0, 1, tile.rows, K};
   }
 
   // dU = E ⊙ f′(U), in the place of f′(U).
@@ -394,87 +361,97 @@ class Step {
 
   // ------------------------------------------------------------------------------------------- after all tiles
 
-  void finish(Worker* workers) {
+  // dWd is put together in numbers of type N.
+  template <class N>
+  void finish(Worker* workers) const {
     for (int i = 1; i < threads; ++i)
       for (int64_t k = 0; k < K; ++k) workers[0].slope_sum[k] += workers[i].slope_sum[k];
     if (args.d_encoder_bias)
       for (int64_t k = 0; k < K; ++k) static_cast<S*>(args.d_encoder_bias)[k] = S(workers[0].slope_sum[k]);
-    if (wants_code) finish_code_products(workers);
-    parallel_for(threads, [&](int thread) { finish_weights(workers, thread); });
+    Weights<N> code_products;
+    if (wants_code) finish_code_products(workers, code_products);
+    parallel_for(threads, [&](int thread) { finish_weights(workers, thread, code_products); });
   }
 
   // YᵀY + m (Σy)ᵀ, each thread having its own m.
-  void finish_code_products(Worker* workers) {
-    Buffer<S> products;
+  template <class N>
+  void finish_code_products(Worker* workers, Weights<N>& code_products) const {
+    Buffer<N> products;
     products.allocate_zeros(K * K);
     for (int64_t j = 0; j < K; ++j)
-      for (int i = 0; i < threads; ++i) workers[i].code_products.add_row(products + j * K, K, j, 0, S(1));
+      for (int i = 0; i < threads; ++i) workers[i].code_products.add_row(products + j * K, K, j, 0, 1);
     // Summed on and above the diagonal.
     for (int64_t j = 0; j < K; ++j)
       for (int64_t k = 0; k < j; ++k) products[j * K + k] = products[k * K + j];
     for (int i = 0; i < threads; ++i)
       for (int64_t j = 0; j < K; ++j)
-        for (int64_t k = 0; k < K; ++k) products[j * K + k] += S(double(workers[i].centre[j]) * workers[i].centred_sum[k]);
-    load_weights(code_products, View<S>{products, K, 1, K, K});
+        for (int64_t k = 0; k < K; ++k) products[j * K + k] += N(double(workers[i].centre[j]) * workers[i].centred_sum[k]);
+    load_weights(code_products, View<N>{products, K, 1, K, K});
   }
 
-  void finish_weights(Worker* workers, int thread) {
+  template <class N>
+  void finish_weights(Worker* workers, int thread, const Weights<N>& code_products) const {
     [[maybe_unused]] const MatrixUnit unit;
-    Buffer<S> gradient(kRows * code_stride()), decoder_rows(kRows * K);
+    const int64_t stride = code_products.padded_cols();
+    Buffer<N> gradient(kRows * stride), decoder_rows(kRows * K);
     Buffer<double> residuals(kRows * threads);
-    Left<S> decoder;
+    Left<N> decoder;
     if (wants_code) decoder.allocate(kRows, K);
     const int64_t features = max(args.in_features, args.out_features), units = (features + kRows - 1) / kRows;
     for (int64_t unit = share(units, thread, threads); unit < share(units, thread + 1, threads); ++unit) {
       const int64_t first = unit * kRows, outputs = min(kRows, args.out_features - first);
       if (outputs > 0 && (wants_code || args.d_decoder_bias)) {
-        copy<T, S>(decoder_view<T>(args).slice(first, outputs), decoder_rows);
-        sum_residuals(workers, first, outputs, decoder_rows, residuals);
+        copy<T, N>(decoder_view<T>(args).slice(first, outputs), decoder_rows);
+        sum_residuals<N>(workers, first, outputs, decoder_rows, residuals);
       }
       if (outputs > 0 && wants_code) {
-        decoder.pack(View<S>{decoder_rows, K, 1, outputs, K}, visit_nothing);
-        decoder_gradient(workers, first, outputs, residuals, decoder, gradient);
+        decoder.pack(View<N>{decoder_rows, K, 1, outputs, K}, visit_nothing);
+        decoder.multiply(code_products, 0, K, gradient, stride, Into::store);
+        decoder_gradient<N>(workers, first, outputs, residuals, gradient, stride);
       }
       if (args.d_encoder_weight && first < args.in_features)
-        encoder_gradient(workers, first, min(kRows, args.in_features - first), gradient);
+        encoder_gradient<N>(workers, first, min(kRows, args.in_features - first), gradient, stride);
     }
   }
 
   // Σ r = Wd Σz − Σ a of columns first … first + count, from each thread's Gram tiles; with those of direct tiles, dbd.
   // `decoder` holds these rows of Wd.
-  void sum_residuals(Worker* workers, int64_t first, int64_t count, const S* decoder, double* residuals) {
+  template <class N>
+  void sum_residuals(Worker* workers, int64_t first, int64_t count, const N* decoder, double* residuals) const {
     for (int64_t d = 0; d < count; ++d) {
       double total = 0;
       for (int i = 0; i < threads; ++i) {
         double& residual = residuals[d * threads + i];
-        residual = dot<S>(decoder + d * K, workers[i].code_sum, K) - workers[i].statistics.sum(first + d);
+        residual = dot(decoder + d * K, workers[i].code_sum, K) - workers[i].statistics.sum(first + d);
         total += residual + workers[i].direct.residual_sum(first + d);
       }
       if (args.d_decoder_bias) static_cast<S*>(args.d_decoder_bias)[first + d] = S(total);
     }
   }
 
-  // Rows first … first + count of dWd, into `gradient` and, untied, to the caller.
-  void decoder_gradient(Worker* workers, int64_t first, int64_t count, const double* residuals, const Left<S>& decoder, S* gradient) {
-    decoder.multiply(code_products, 0, K, gradient, code_stride(), Into::store);
+  // Turns rows first … first + count of Wd (YᵀY + m (Σy)ᵀ) into those of dWd, which untied go to the caller.
+  template <class N>
+  void decoder_gradient(Worker* workers, int64_t first, int64_t count, const double* residuals, N* gradient, int64_t stride) const {
     for (int64_t d = 0; d < count; ++d) {
-      S* row = gradient + d * code_stride();
+      N* row = gradient + d * stride;
       for (int i = 0; i < threads; ++i) {
-        const S bias = decoder_bias[first + d], residual = S(residuals[d * threads + i]);
-        for (int64_t k = 0; k < K; ++k) row[k] += bias * S(workers[i].centred_sum[k]) + residual * workers[i].centre[k];
-        if (joint) workers[i].input_sums.add_row(row, K, first + d, 0, S(-1));
-        if (separate) workers[i].target_sums.add_row(row, K, first + d, 0, S(-1));
+        const N bias = weights.decoder_bias[first + d], residual = N(residuals[d * threads + i]);
+        for (int64_t k = 0; k < K; ++k) row[k] += bias * N(workers[i].centred_sum[k]) + residual * workers[i].centre[k];
+        if (joint) workers[i].input_sums.add_row(row, K, first + d, 0, -1);
+        if (separate) workers[i].target_sums.add_row(row, K, first + d, 0, -1);
         workers[i].direct.add_code_sums(row, K, first + d);
       }
-      if (!tied) std::memcpy(static_cast<S*>(args.d_decoder_weight) + (first + d) * K, row, K * sizeof(S));
+      S* out = static_cast<S*>(args.d_decoder_weight) + (first + d) * K;
+      for (int64_t k = 0; !tied && k < K; ++k) out[k] = S(row[k]);
     }
   }
 
   // Columns first … first + count of dWe = dUᵀX; tied: of the sum of both roles, of which `rows` holds the decoder's.
-  void encoder_gradient(Worker* workers, int64_t first, int64_t count, const S* rows) {
+  template <class N>
+  void encoder_gradient(Worker* workers, int64_t first, int64_t count, const N* rows, int64_t stride) const {
     for (int64_t k = 0; k < K; ++k) {
       S* out = static_cast<S*>(args.d_encoder_weight) + k * args.in_features + first;
-      for (int64_t d = 0; d < count; ++d) out[d] = tied ? rows[d * code_stride() + k] : S(0);
+      for (int64_t d = 0; d < count; ++d) out[d] = tied ? S(rows[d * stride + k]) : S(0);
       for (int i = 0; i < threads; ++i) workers[i].input_sums.add_column(out, count, first, slope_column() + k);
     }
   }
@@ -483,13 +460,7 @@ class Step {
   const bool tied, separate, joint, wants_code, wants_slope;
   const int threads;
   const int64_t K;
-  Buffer<S> encoder_bias, decoder_bias;
-  Buffer<S> product_start;                // what a row of X·[Weᵀ, Wd] begins with: [be, 0]
-  Buffer<double> code_offset;
-  Buffer<S> gram_low;                     // what rounding takes from G
-  Weights<T> input_weights, target_weights;
-  Weights<Code<T>> gram;                  // G
-  Weights<S> code_products;               // YᵀY + m (Σy)ᵀ
+  const StepWeights<T> weights;
 };
 
 }  // namespace byol::BYOL_ISA

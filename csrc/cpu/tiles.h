@@ -188,39 +188,47 @@ class TileSums {
  public:
   void allocate_zeros(int64_t rows, int64_t cols) {
     row_blocks_ = Blocked<1>::count(rows);
-    data_.allocate_zeros(row_blocks_ * Blocked<1>::count(cols) * kEdge * kEdge);
+    sums_.allocate_zeros(row_blocks_ * Blocked<1>::count(cols) * kEdge * kEdge);
   }
-  float* block(int64_t row, int64_t col) const { return data_ + (col * row_blocks_ + row) * kEdge * kEdge; }
-  void add_row(float* out, int64_t count, int64_t row, int64_t col, float sign) const {
-    for (int64_t k = 0; data_ && k < count;) {
-      const float* from = block(row / kEdge, (col + k) / kEdge) + place(row % kEdge);
-      const int64_t first = (col + k) % kEdge, width = min(kEdge - first, count - k);
-      if (width == kEdge) {
-        // All places known beforehand.
+  float* block(int64_t row, int64_t col) const { return sums_.data() + offset(row, col); }
+  void carry() { sums_.carry(); }
+  template <class Out>
+  void add_row(Out* out, int64_t count, int64_t row, int64_t col, int sign) const {
+    sums_.visit([&](const auto* numbers) {
+      for (int64_t k = 0; k < count;) {
+        const auto* from = numbers + offset(row / kEdge, (col + k) / kEdge) + place(row % kEdge);
+        const int64_t first = (col + k) % kEdge, width = min(kEdge - first, count - k);
+        if (width == kEdge) {
+          // All places known beforehand.
 #pragma GCC unroll 32
-        for (int64_t j = 0; j < kEdge; ++j) out[k + j] += sign * from[place(j) * kEdge];
-      } else {
-        for (int64_t j = 0; j < width; ++j) out[k + j] += sign * from[place(first + j) * kEdge];
+          for (int64_t j = 0; j < kEdge; ++j) out[k + j] += Out(sign * from[place(j) * kEdge]);
+        } else {
+          for (int64_t j = 0; j < width; ++j) out[k + j] += Out(sign * from[place(first + j) * kEdge]);
+        }
+        k += width;
       }
-      k += width;
-    }
+    });
   }
   void add_column(float* out, int64_t count, int64_t row, int64_t col) const {
-    for (int64_t r = 0; r < count;) {
-      const float* from = block((row + r) / kEdge, col / kEdge) + place(col % kEdge) * kEdge;
-      const int64_t first = (row + r) % kEdge, width = min(kEdge - first, count - r);
-      if (width == kEdge) {
+    sums_.visit([&](const auto* numbers) {
+      for (int64_t r = 0; r < count;) {
+        const auto* from = numbers + offset((row + r) / kEdge, col / kEdge) + place(col % kEdge) * kEdge;
+        const int64_t first = (row + r) % kEdge, width = min(kEdge - first, count - r);
+        if (width == kEdge) {
 #pragma GCC unroll 32
-        for (int64_t j = 0; j < kEdge; ++j) out[r + j] += from[place(j)];
-      } else {
-        for (int64_t j = 0; j < width; ++j) out[r + j] += from[place(first + j)];
+          for (int64_t j = 0; j < kEdge; ++j) out[r + j] += float(from[place(j)]);
+        } else {
+          for (int64_t j = 0; j < width; ++j) out[r + j] += float(from[place(first + j)]);
+        }
+        r += width;
       }
-      r += width;
-    }
+    });
   }
 
  private:
-  Buffer<float> data_;
+  int64_t offset(int64_t row_block, int64_t col_block) const { return (col_block * row_blocks_ + row_block) * kEdge * kEdge; }
+
+  RowSums<float> sums_;
   int64_t row_blocks_ = 0;
 };
 
@@ -287,9 +295,19 @@ class TileLeft {
   // Those of V's blocks of columns from `first` on with a block of T's columns.
   void add_products(const TileValues<T>& values, const TileSums& sums, int64_t col, int64_t first) const {
     pair_rows(col);
-    for (int64_t k = first; k < values.blocks().rows(); ++k)
-      multiply_blocks<P>(values.blocks().at(k, 0), P * kBlock, pairs_, P * kBlock, blocks_.rows(), sums.block(col, k), kEdge,
-                         true);
+    for (int64_t k = first; k < values.blocks().rows(); ++k) add_product(values.blocks().at(k, 0), sums.block(col, k));
+  }
+
+  // A sum of three parts begins at zero: each of its six products is rounded to the digits of what it is added to, and what
+  // all tiles before came to is larger than it.
+  void add_product(const bf16* values, float* sums) const {
+    if constexpr (P == 3) {
+      alignas(64) float product[kEdge * kEdge];
+      multiply_blocks<P>(values, P * kBlock, pairs_, P * kBlock, blocks_.rows(), product, kEdge, false);
+      for (int64_t j = 0; j < kEdge * kEdge; ++j) sums[j] += product[j];
+    } else {
+      multiply_blocks<P>(values, P * kBlock, pairs_, P * kBlock, blocks_.rows(), sums, kEdge, true);
+    }
   }
 
   // A block of columns as a right operand.

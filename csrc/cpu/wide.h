@@ -48,6 +48,31 @@ class Weights {
 template <class T>
 class Values : public Weights<T> {};
 
+// Sums over rows in the accumulation type, which in float lose the more digits the more rows there are: what has been summed is
+// carried into double once in a while.
+template <class S>
+class RowSums {
+ public:
+  void allocate_zeros(int64_t count) { count_ = count, data_.allocate_zeros(count); }
+  S* data() const { return data_; }
+  void carry() {
+    if (sizeof(S) == sizeof(double) || !data_) return;
+    if (!carried_) carried_.allocate_zeros(count_);
+    for (int64_t i = 0; i < count_; ++i) carried_[i] += double(data_[i]), data_[i] = S(0);
+  }
+  // Calls add(numbers) with those whose sum it is; with nothing when there are no sums.
+  template <class Add>
+  void visit(const Add& add) const {
+    if (data_) add(static_cast<const S*>(data_));
+    if (carried_) add(static_cast<const double*>(carried_));
+  }
+
+ private:
+  Buffer<S> data_;
+  Buffer<double> carried_;
+  int64_t count_ = 0;
+};
+
 // Tᵀ·V, summed over all tiles of a thread.
 template <class T>
 class Sums {
@@ -55,22 +80,33 @@ class Sums {
 
  public:
   void allocate_zeros(int64_t rows, int64_t cols) {
-    data_.allocate_zeros(Panels<S>::size(rows, cols));
-    panels_ = Panels<S>::over(data_, rows, cols);
+    sums_.allocate_zeros(Panels<S>::size(rows, cols));
+    panels_ = Panels<S>::over(sums_.data(), rows, cols);
   }
   const Panels<S>& panels() const { return panels_; }
+  void carry() { sums_.carry(); }
   // out[0 … count] += sign · the numbers of a row from a column on; nothing when the sums do not exist.
-  void add_row(S* out, int64_t count, int64_t row, int64_t col, S sign) const {
-    panels_.add_row(out, count, row, col, sign);
+  template <class Out>
+  void add_row(Out* out, int64_t count, int64_t row, int64_t col, int sign) const {
+    sums_.visit([&](const auto* numbers) {
+      for (int64_t k = 0; k < count;) {
+        const auto* from = numbers + panels_.offset(row, col + k);
+        const int64_t width = min(kCols<S> - (col + k) % kCols<S>, count - k);
+        for (int64_t j = 0; j < width; ++j) out[k + j] += Out(sign * from[j]);
+        k += width;
+      }
+    });
   }
   // out[0 … count] += the numbers of a column from a row on.
   void add_column(S* out, int64_t count, int64_t row, int64_t col) const {
-    const S* from = panels_.at(row, col);
-    for (int64_t r = 0; r < count; ++r) out[r] += from[r * kCols<S>];
+    sums_.visit([&](const auto* numbers) {
+      const auto* from = numbers + panels_.offset(row, col);
+      for (int64_t r = 0; r < count; ++r) out[r] += S(from[r * kCols<S>]);
+    });
   }
 
  private:
-  Buffer<S> data_;
+  RowSums<S> sums_;
   Panels<S> panels_{};
 };
 
