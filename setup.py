@@ -138,7 +138,7 @@ if __name__ == "__main__":
         ext_modules=[
             Extension(
                 "byol_fast._native",
-                sources=["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/parallel.cpp"],
+                sources=["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/memory.cpp", "csrc/cpu/parallel.cpp"],
                 depends=[str(path) for path in Path("csrc", "cpu").glob("*.h")],
                 libraries=["dl", "pthread"] if os.name == "posix" else [],
                 language="c++",

@@ -6,7 +6,7 @@
 #include <tuple>
 
 #include "cpu/dispatch.h"
-#include "cpu/large_block.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 
 namespace py = pybind11;
@@ -20,6 +20,21 @@ void* at(Address address) { return reinterpret_cast<void*>(address); }
 Matrix matrix(const std::pair<Address, int64_t>& pair) { return {at(pair.first), pair.second}; }
 
 using PyMatrix = std::pair<Address, int64_t>;
+
+// The memory of a large result.
+class LargeBlock {
+ public:
+  explicit LargeBlock(int64_t bytes) : data_(byol::take_memory(bytes)), bytes_(bytes) {}
+  LargeBlock(const LargeBlock&) = delete;
+  LargeBlock& operator=(const LargeBlock&) = delete;
+  ~LargeBlock() { byol::give_memory(data_, bytes_); }
+
+  py::buffer_info buffer() { return {static_cast<uint8_t*>(data_), py::ssize_t(bytes_)}; }
+
+ private:
+  void* data_;
+  int64_t bytes_;
+};
 
 // (rows, in_features, out_features, rank)
 using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t>;
@@ -191,9 +206,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("sparse_step", &sparse_step);
   module.def("step_input_gradients", &step_input_gradients);
   module.def("scatter", &scatter);
-  py::class_<byol::LargeBlock>(module, "LargeBlock", py::module_local(), py::buffer_protocol())
+  py::class_<LargeBlock>(module, "LargeBlock", py::module_local(), py::buffer_protocol())
       .def(py::init<int64_t>())
-      .def_buffer([](byol::LargeBlock& block) {
-        return py::buffer_info(static_cast<uint8_t*>(block.data()), py::ssize_t(block.bytes()));
-      });
+      .def_buffer(&LargeBlock::buffer);
 }

@@ -1,4 +1,4 @@
-"""Results of 32 MiB and more: written past the caches, into memory that is kept (csrc/cpu/stream.h, large_block.h)."""
+"""Results of 32 MiB and more: written past the caches, into memory that is kept (csrc/cpu/stream.h, memory.h)."""
 
 from __future__ import annotations
 

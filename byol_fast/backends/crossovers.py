@@ -41,7 +41,7 @@ class _Operations(NamedTuple):
     layer_step: _Least | None
 
 
-# Outputs whose memory would be mapped anew for every call (csrc/cpu/large_block.h): 32 MiB.
+# Outputs whose memory would be mapped anew for every call (csrc/cpu/memory.h): 32 MiB.
 _LARGE, _LARGE_BFLOAT16 = 2**23, 2**24
 _ON_AVX512 = _Operations(
     step=_Least(6_000_000, 8, 2),

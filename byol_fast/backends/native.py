@@ -298,7 +298,7 @@ def _sum_like(input: Tensor) -> Tensor:
 
 
 def _result(like: Tensor, *shape: int) -> Tensor:
-    """``like.new_empty(shape)``; the memory of a large result is kept and used again (csrc/cpu/large_block.h)."""
+    """``like.new_empty(shape)``; the memory of a large result is kept and used again (csrc/cpu/memory.h)."""
     count = math.prod(shape)
     if count * like.element_size() < _MAPPED_ANEW:
         return like.new_empty(shape)

@@ -8,9 +8,8 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
-#include <new>
 
+#include "memory.h"
 #include "numeric.h"
 
 // Bytes in a vector register, and the rows of the register tile: R rows × 2 vectors of accumulators must fit the file.
@@ -43,12 +42,13 @@ class Buffer {
   explicit Buffer(int64_t count) { allocate(count); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data_); }
+  ~Buffer() { give_memory(data_, bytes_); }
 
   void allocate(int64_t count) {
-    std::free(data_);
-    data_ = static_cast<S*>(std::aligned_alloc(64, round_up(max(count, 1) * int64_t(sizeof(S)), 64)));
-    if (!data_) throw std::bad_alloc();
+    give_memory(data_, bytes_);
+    data_ = nullptr;
+    bytes_ = count * int64_t(sizeof(S));
+    data_ = static_cast<S*>(take_memory(bytes_));
   }
   void allocate_zeros(int64_t count) {
     allocate(count);
@@ -59,6 +59,7 @@ class Buffer {
 
  private:
   S* data_ = nullptr;
+  int64_t bytes_ = 0;
 };
 
 // Keeps an argument out of template argument deduction, so that a Buffer converts to a pointer there.

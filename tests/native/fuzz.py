@@ -24,6 +24,7 @@ from setup import OTHERS, instruction_sets, presence  # noqa: E402
 SOURCES = {
     "fuzz": "tests/native/fuzz.cpp",
     "dispatch": "csrc/cpu/dispatch.cpp",
+    "memory": "csrc/cpu/memory.cpp",
     "parallel": "csrc/cpu/parallel.cpp",
 }
 

@@ -1,0 +1,109 @@
+#include "memory.h"
+
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace byol {
+namespace {
+
+constexpr int64_t kPage = int64_t(2) << 20;
+// From so many bytes on a block is kept; none where a sanitizer watches over the system's blocks.
+#ifdef __SANITIZE_ADDRESS__
+constexpr int64_t kLeast = INT64_MAX;
+#else
+constexpr int64_t kLeast = int64_t(1) << 20;
+#endif
+// All that is kept, at most.
+constexpr int64_t kMost = int64_t(512) << 20;
+
+struct Region {
+  void* data;
+  int64_t bytes;
+};
+
+#ifdef __linux__
+// From the start of a large page on.
+Region map(int64_t bytes) {
+  char* data = static_cast<char*>(mmap(nullptr, size_t(bytes + kPage), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  if (data == MAP_FAILED) throw std::bad_alloc();
+  const int64_t before = (kPage - int64_t(reinterpret_cast<uintptr_t>(data) % kPage)) % kPage;
+  if (before > 0) munmap(data, size_t(before));
+  munmap(data + before + bytes, size_t(kPage - before));
+  // A wish: where the system knows no such pages, nothing happens.
+  madvise(data + before, size_t(bytes), MADV_HUGEPAGE);
+  return {data + before, bytes};
+}
+void unmap(const Region& region) { munmap(region.data, size_t(region.bytes)); }
+// To the system, which takes it when memory is short; what was written is lost then.
+void offer(const Region& region) { madvise(region.data, size_t(region.bytes), MADV_FREE); }
+#else
+Region map(int64_t bytes) {
+  void* data = std::aligned_alloc(size_t(4096), size_t(bytes));
+  if (!data) throw std::bad_alloc();
+  return {data, bytes};
+}
+void unmap(const Region& region) { std::free(region.data); }
+void offer(const Region&) {}
+#endif
+
+// Regions that nobody uses, the oldest first.
+class Kept {
+ public:
+  void* take(int64_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (size_t i = regions_.size(); i-- > 0;)
+      if (regions_[i].bytes == bytes) return remove(i).data;
+    return map(bytes).data;
+  }
+  void give(const Region& region) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (region.bytes > kMost) return unmap(region);
+    while (bytes_ + region.bytes > kMost) unmap(remove(0));
+    offer(region);
+    regions_.push_back(region);
+    bytes_ += region.bytes;
+  }
+
+ private:
+  Region remove(size_t index) {
+    const Region region = regions_[index];
+    regions_.erase(regions_.begin() + std::ptrdiff_t(index));
+    bytes_ -= region.bytes;
+    return region;
+  }
+
+  std::mutex mutex_;
+  std::vector<Region> regions_;
+  int64_t bytes_ = 0;
+};
+
+// Never destroyed: a result may outlive the interpreter.
+Kept& kept() {
+  static Kept& kept = *new Kept;
+  return kept;
+}
+
+int64_t rounded(int64_t bytes, int64_t multiple) { return (bytes + multiple - 1) / multiple * multiple; }
+
+}  // namespace
+
+void* take_memory(int64_t bytes) {
+  if (bytes >= kLeast) return kept().take(rounded(bytes, kPage));
+  void* data = std::aligned_alloc(64, size_t(rounded(bytes > 0 ? bytes : 1, 64)));
+  if (!data) throw std::bad_alloc();
+  return data;
+}
+
+void give_memory(void* data, int64_t bytes) {
+  if (!data) return;
+  if (bytes < kLeast) return std::free(data);
+  kept().give({data, rounded(bytes, kPage)});
+}
+
+}  // namespace byol
