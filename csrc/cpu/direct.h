@@ -41,10 +41,10 @@ class Direct {
     return total;
   }
 
-  // out[0 … count] += row d of RᵀZ; nothing when no tile was direct.
+  // out[i·stride + k] += row first + i of RᵀZ, of so many rows, none of another block; nothing when no tile was direct.
   template <class Out>
-  void add_code_sums(Out* out, int64_t count, int64_t d) const {
-    if (blocks_) blocks_[d / kResidualCols].code_sums.add_row(out, count, d % kResidualCols, 0, 1);
+  void add_code_sums(Out* out, int64_t stride, int64_t first, int64_t count, int64_t rank) const {
+    if (blocks_) blocks_[first / kResidualCols].code_sums.add_rows(out, stride, {first % kResidualCols, count, 0, rank}, 1);
   }
   // Σ R of one column.
   double residual_sum(int64_t col) const { return residual_sum_ ? residual_sum_[col] : 0.0; }

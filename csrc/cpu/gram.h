@@ -69,8 +69,7 @@ void half_gram(const View<T>& matrix, int most_threads, double* out) {
       }
     });
     std::memset(out, 0, K * K * sizeof(double));
-    for (int64_t j = 0; j < K; ++j)
-      for (int i = 0; i < threads; ++i) parts[i].sums.add_row(out + j * K, K, j, 0, 1);
+    for (int i = 0; i < threads; ++i) parts[i].sums.add_rows(out, K, {0, K, 0, K}, 1);
   } catch (...) {
     delete[] parts;
     throw;

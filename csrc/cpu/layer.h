@@ -279,29 +279,28 @@ class Backward {
     biases(args.d_encoder_bias, K, &Worker::slope_sum);
     biases(args.d_decoder_bias, args.out_features, &Worker::grad_sum);
     parallel_for(threads, [&](int thread) {
-      for (int64_t k = share(K, thread, threads); args.d_encoder_weight && k < share(K, thread + 1, threads); ++k)
-        encoder_gradient(workers, k);
-      const int64_t last = share(args.out_features, thread + 1, threads);
-      for (int64_t d = share(args.out_features, thread, threads); args.d_decoder_weight && d < last; ++d)
-        decoder_gradient(workers, d);
+      const int64_t k = share(K, thread, threads), d = share(args.out_features, thread, threads);
+      if (args.d_encoder_weight) encoder_gradient(workers, k, share(K, thread + 1, threads) - k);
+      if (args.d_decoder_weight) decoder_gradient(workers, d, share(args.out_features, thread + 1, threads) - d);
     });
   }
 
-  // Row k of dWe; tied: of the sum of both roles.
-  void encoder_gradient(Worker* workers, int64_t k) const {
-    S* out = static_cast<S*>(args.d_encoder_weight) + k * args.in_features;
-    for (int64_t d = 0; d < args.in_features; ++d) out[d] = S(0);
+  // Rows first … first + count of dWe; tied: of the sum of both roles.
+  void encoder_gradient(Worker* workers, int64_t first, int64_t count) const {
+    S* out = static_cast<S*>(args.d_encoder_weight) + first * args.in_features;
+    std::memset(out, 0, count * args.in_features * sizeof(S));
+    const Region region{0, args.in_features, first, count};
     for (int i = 0; i < threads; ++i) {
-      workers[i].encoder_sums.add_column(out, args.in_features, 0, k);
-      if (tied) workers[i].decoder_sums.add_column(out, args.in_features, 0, k);
+      workers[i].encoder_sums.add_columns(out, args.in_features, region);
+      if (tied) workers[i].decoder_sums.add_columns(out, args.in_features, region);
     }
   }
 
-  // Row d of dWd.
-  void decoder_gradient(Worker* workers, int64_t d) const {
-    S* out = static_cast<S*>(args.d_decoder_weight) + d * K;
-    for (int64_t k = 0; k < K; ++k) out[k] = S(0);
-    for (int i = 0; i < threads; ++i) workers[i].decoder_sums.add_row(out, K, d, 0, 1);
+  // Rows first … first + count of dWd.
+  void decoder_gradient(Worker* workers, int64_t first, int64_t count) const {
+    S* out = static_cast<S*>(args.d_decoder_weight) + first * K;
+    std::memset(out, 0, count * K * sizeof(S));
+    for (int i = 0; i < threads; ++i) workers[i].decoder_sums.add_rows(out, K, {first, count, 0, K}, 1);
   }
 
   const BackwardArgs& args;

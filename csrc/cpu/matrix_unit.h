@@ -137,8 +137,14 @@ template <int P>
 inline void multiply_blocks(const bf16* a, int64_t a_stride, const bf16* b, int64_t b_stride, int64_t count, float* c,
                             int64_t ldc, bool add) {
   const auto left = [&](int part) {
-    _tile_loadd(4, a + part * kBlock, 64);
-    _tile_loadd(5, a + part * kBlock + kTile, 64);
+    if (P == 1) {
+      // Past the first-level cache, where B stays: nothing of A is loaded again before it would be gone.
+      _tile_stream_loadd(4, a, 64);
+      _tile_stream_loadd(5, a + kTile, 64);
+    } else {
+      _tile_loadd(4, a + part * kBlock, 64);
+      _tile_loadd(5, a + part * kBlock + kTile, 64);
+    }
   };
   const auto right = [&](int part) {
     _tile_loadd(6, b + part * kBlock, 64);

@@ -103,12 +103,12 @@ class Step {
     Statistics<T, Left<T>::kBlockRows, Left<T>::kBlockCols> statistics;  // Σ A² of a tile, Σa
     Buffer<double> tile_code_sum;                               // Σz of one tile
     Buffer<S> lost;                                             // Z times G's rounding
-    Buffer<double> cross;                                       // Σ z ⊙ (e − q) of one tile
     Direct<T> direct;                                           // of tiles where the Gram form would cancel
   };
 
   // Features that are taken at a time where the whole of Wd is gone through.
   static constexpr int64_t kRows = 8 * kTileRows;
+  static_assert(kResidualCols % kRows == 0);
 
   struct Tile {
     int64_t first, rows, padded, next;  // first row, rows, with padding, and rows of the tile that follows
@@ -177,7 +177,6 @@ class Step {
     w.code_sum.allocate_zeros(K);
     w.tile_code_sum.allocate(K);
     w.lost.allocate(sizeof(T) == 4 ? code_size : K);
-    w.cross.allocate(K);
     w.slope_sum.allocate_zeros(K);
   }
 
@@ -248,25 +247,37 @@ class Step {
     const S* products = separate ? w.target_product : w.product + (joint ? K : 0);
     const int64_t stride = separate ? weights.target_weights.padded_cols() : weights.input_weights.padded_cols();
     sum_codes(w, tile);
-    const View<S> lost_products = multiply_lost(w, tile);
-    for (int64_t k = 0; k < K; ++k) w.cross[k] = 0;
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const S* product = products + r * stride;
-      const S* z = w.code + r * code_stride();
-      const S* lost = lost_products.row(r);
-      S* e = w.error + r * code_stride();
-#pragma GCC ivdep
-      for (int64_t k = 0; k < K; ++k) {
-        const double q = double(product[k]) - weights.code_offset[k], error = double(e[k]) + lost[k] - q;
-        e[k] = S(error);
-        w.cross[k] += double(z[k]) * (error - q);
-      }
-    }
+    const View<S> lost = multiply_lost(w, tile);
     double squared_error = energy.centred;
-    for (int64_t k = 0; k < K; ++k) squared_error += w.cross[k];
+    int64_t k = 0;
+    for (; k + kTogether <= K; k += kTogether) squared_error += subtract<kTogether>(w, tile.rows, products + k, stride, lost, k);
+    for (; k < K; ++k) squared_error += subtract<1>(w, tile.rows, products + k, stride, lost, k);
     if (takes_direct(energy, squared_error)) return false;
     w.missed.add(squared_error, most(energy));
     return true;
+  }
+
+  // Codes that are gone through at a time, all rows of them: what belongs to one stays in registers.
+  static constexpr int kTogether = 16;
+
+  // Turns columns k … k + kCodes of Z·G into those of E, of which `products` has Q before its offset; Σ Z ⊙ (E − Q) of them.
+  template <int kCodes>
+  double subtract(Worker& w, int64_t rows, const S* products, int64_t stride, const View<S>& lost, int64_t k) const {
+    double cross[kCodes] = {}, offset[kCodes];
+    for (int j = 0; j < kCodes; ++j) offset[j] = weights.code_offset[k + j];
+    for (int64_t r = 0; r < rows; ++r, products += stride) {
+      const S *z = w.code + r * code_stride() + k, *low = lost.row(r) + k;
+      S* e = w.error + r * code_stride() + k;
+#pragma GCC ivdep
+      for (int j = 0; j < kCodes; ++j) {
+        const double q = double(products[j]) - offset[j], error = double(e[j]) + low[j] - q;
+        e[j] = S(error);
+        cross[j] += double(z[j]) * (error - q);
+      }
+    }
+    double total = 0;
+    for (double part : cross) total += part;
+    return total;
   }
 
   // Q and TᵀZ are made of T, biases and all, Σ R² of A: of neither may the residual be too small a part.
@@ -378,8 +389,7 @@ class Step {
   void finish_code_products(Worker* workers, Weights<N>& code_products) const {
     Buffer<N> products;
     products.allocate_zeros(K * K);
-    for (int64_t j = 0; j < K; ++j)
-      for (int i = 0; i < threads; ++i) workers[i].code_products.add_row(products + j * K, K, j, 0, 1);
+    for (int i = 0; i < threads; ++i) workers[i].code_products.template add_rows<N>(products, K, {0, K, 0, K}, 1);
     // Summed on and above the diagonal.
     for (int64_t j = 0; j < K; ++j)
       for (int64_t k = 0; k < j; ++k) products[j * K + k] = products[k * K + j];
@@ -432,28 +442,31 @@ class Step {
   // Turns rows first … first + count of Wd (YᵀY + m (Σy)ᵀ) into those of dWd, which untied go to the caller.
   template <class N>
   void decoder_gradient(Worker* workers, int64_t first, int64_t count, const double* residuals, N* gradient, int64_t stride) const {
-    for (int64_t d = 0; d < count; ++d) {
-      N* row = gradient + d * stride;
-      for (int i = 0; i < threads; ++i) {
+    const Region region{first, count, 0, K};
+    for (int i = 0; i < threads; ++i) {
+      const Worker& w = workers[i];
+      for (int64_t d = 0; d < count; ++d) {
+        N* row = gradient + d * stride;
         const N bias = weights.decoder_bias[first + d], residual = N(residuals[d * threads + i]);
-        for (int64_t k = 0; k < K; ++k) row[k] += bias * N(workers[i].centred_sum[k]) + residual * workers[i].centre[k];
-        if (joint) workers[i].input_sums.add_row(row, K, first + d, 0, -1);
-        if (separate) workers[i].target_sums.add_row(row, K, first + d, 0, -1);
-        workers[i].direct.add_code_sums(row, K, first + d);
+        for (int64_t k = 0; k < K; ++k) row[k] += bias * N(w.centred_sum[k]) + residual * w.centre[k];
       }
-      S* out = static_cast<S*>(args.d_decoder_weight) + (first + d) * K;
-      for (int64_t k = 0; !tied && k < K; ++k) out[k] = S(row[k]);
+      if (joint) w.input_sums.add_rows(gradient, stride, region, -1);
+      if (separate) w.target_sums.add_rows(gradient, stride, region, -1);
+      w.direct.add_code_sums(gradient, stride, first, count, K);
     }
+    S* out = static_cast<S*>(args.d_decoder_weight) + first * K;
+    for (int64_t d = 0; !tied && d < count; ++d)
+      for (int64_t k = 0; k < K; ++k) out[d * K + k] = S(gradient[d * stride + k]);
   }
 
   // Columns first … first + count of dWe = dUᵀX; tied: of the sum of both roles, of which `rows` holds the decoder's.
   template <class N>
   void encoder_gradient(Worker* workers, int64_t first, int64_t count, const N* rows, int64_t stride) const {
-    for (int64_t k = 0; k < K; ++k) {
-      S* out = static_cast<S*>(args.d_encoder_weight) + k * args.in_features + first;
-      for (int64_t d = 0; d < count; ++d) out[d] = tied ? S(rows[d * stride + k]) : S(0);
-      for (int i = 0; i < threads; ++i) workers[i].input_sums.add_column(out, count, first, slope_column() + k);
-    }
+    S* out = static_cast<S*>(args.d_encoder_weight) + first;
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t d = 0; d < count; ++d) out[k * args.in_features + d] = tied ? S(rows[d * stride + k]) : S(0);
+    for (int i = 0; i < threads; ++i)
+      workers[i].input_sums.add_columns(out, args.in_features, {first, count, slope_column(), K});
   }
 
   const StepArgs& args;

@@ -183,6 +183,44 @@ class TileValues {
   bool is_staged_ = false;
 };
 
+// A block of 32×32 numbers, row by row.
+template <class N>
+struct Square {
+  alignas(64) N rows[kEdge][kEdge];
+};
+
+// Undoes `place`, for rows and columns.
+template <class N>
+void put_in_order(const N* block, Square<N>& out) {
+  for (int64_t i = 0; i < kEdge; ++i)
+    for (int64_t j = 0; j < kEdge; ++j) out.rows[i][j] = block[place(i) * kEdge + place(j)];
+}
+inline void put_in_order(const float* block, Square<float>& out) {
+  // By 128 bits: those of the first register and of the second in turn.
+  const __m512i low = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  for (int64_t i = 0; i < kEdge; ++i) {
+    const __m512 first = _mm512_loadu_ps(block + place(i) * kEdge), second = _mm512_loadu_ps(block + place(i) * kEdge + 16);
+    _mm512_store_ps(out.rows[i], _mm512_permutex2var_ps(first, low, second));
+    _mm512_store_ps(out.rows[i] + 16, _mm512_permutex2var_ps(first, high, second));
+  }
+}
+
+template <class N>
+void transpose(const Square<N>& block, Square<N>& out) {
+  for (int64_t i = 0; i < kEdge; ++i)
+    for (int64_t j = 0; j < kEdge; ++j) out.rows[j][i] = block.rows[i][j];
+}
+inline void transpose(const Square<float>& block, Square<float>& out) {
+  for (int64_t i = 0; i < kEdge; i += 16)
+    for (int64_t j = 0; j < kEdge; j += 16) {
+      __m512i numbers[16];
+      for (int64_t r = 0; r < 16; ++r) numbers[r] = _mm512_load_si512(block.rows[i + r] + j);
+      transpose(numbers);
+      for (int64_t r = 0; r < 16; ++r) _mm512_store_si512(out.rows[j + r] + i, numbers[r]);
+    }
+}
+
 // (Tᵀ·V)ᵀ in blocks of 32×32, rows and columns of each in the order of `place`.
 class TileSums {
  public:
@@ -193,40 +231,48 @@ class TileSums {
   float* block(int64_t row, int64_t col) const { return sums_.data() + offset(row, col); }
   void carry() { sums_.carry(); }
   template <class Out>
-  void add_row(Out* out, int64_t count, int64_t row, int64_t col, int sign) const {
-    sums_.visit([&](const auto* numbers) {
-      for (int64_t k = 0; k < count;) {
-        const auto* from = numbers + offset(row / kEdge, (col + k) / kEdge) + place(row % kEdge);
-        const int64_t first = (col + k) % kEdge, width = min(kEdge - first, count - k);
-        if (width == kEdge) {
-          // All places known beforehand.
-#pragma GCC unroll 32
-          for (int64_t j = 0; j < kEdge; ++j) out[k + j] += Out(sign * from[place(j) * kEdge]);
-        } else {
-          for (int64_t j = 0; j < width; ++j) out[k + j] += Out(sign * from[place(first + j) * kEdge]);
-        }
-        k += width;
-      }
+  void add_rows(Out* out, int64_t stride, const Region& region, int sign) const {
+    visit_blocks(region, [&](const auto& block, int64_t row, int64_t col) {
+      auto by_row = block;
+      transpose(block, by_row);
+      add_part(by_row, row, col, region, out, stride, sign);
     });
   }
-  void add_column(float* out, int64_t count, int64_t row, int64_t col) const {
-    sums_.visit([&](const auto* numbers) {
-      for (int64_t r = 0; r < count;) {
-        const auto* from = numbers + offset((row + r) / kEdge, col / kEdge) + place(col % kEdge) * kEdge;
-        const int64_t first = (row + r) % kEdge, width = min(kEdge - first, count - r);
-        if (width == kEdge) {
-#pragma GCC unroll 32
-          for (int64_t j = 0; j < kEdge; ++j) out[r + j] += float(from[place(j)]);
-        } else {
-          for (int64_t j = 0; j < width; ++j) out[r + j] += float(from[place(first + j)]);
-        }
-        r += width;
-      }
+  void add_columns(float* out, int64_t stride, const Region& region) const {
+    visit_blocks(region, [&](const auto& block, int64_t row, int64_t col) {
+      add_part(block, col, row, region.transposed(), out, stride, 1);
     });
   }
 
  private:
   int64_t offset(int64_t row_block, int64_t col_block) const { return (col_block * row_blocks_ + row_block) * kEdge * kEdge; }
+
+  // Calls body(block, row, col) with each block that has a part of the region: its rows are columns from `col` on, its columns
+  // rows from `row` on.
+  template <class Body>
+  void visit_blocks(const Region& region, const Body& body) const {
+    sums_.visit([&](const auto* numbers) { visit_blocks(numbers, region, body); });
+  }
+  template <class N, class Body>
+  void visit_blocks(const N* numbers, const Region& region, const Body& body) const {
+    Square<N> block;
+    for (int64_t row = region.row / kEdge * kEdge; row < region.row + region.rows; row += kEdge)
+      for (int64_t col = region.col / kEdge * kEdge; col < region.col + region.cols; col += kEdge) {
+        put_in_order(numbers + offset(row / kEdge, col / kEdge), block);
+        body(block, row, col);
+      }
+  }
+
+  // out += sign · what a block, whose first number is at this row and column, has of the region.
+  template <class N, class Out>
+  static void add_part(const Square<N>& block, int64_t row, int64_t col, const Region& region, Out* out, int64_t stride, int sign) {
+    const int64_t first = max(col, region.col), last = min(col + kEdge, region.col + region.cols);
+    for (int64_t r = max(row, region.row); r < min(row + kEdge, region.row + region.rows); ++r) {
+      const N* from = block.rows[r - row] - col;
+      Out* to = out + (r - region.row) * stride - region.col;
+      for (int64_t c = first; c < last; ++c) to[c] += Out(N(sign) * from[c]);
+    }
+  }
 
   RowSums<float> sums_;
   int64_t row_blocks_ = 0;
@@ -237,7 +283,7 @@ template <class T>
 class TileLeft {
   static constexpr int P = kParts<T>;
   // Blocks of a sum that are taken at a time, so that those of W stay in a near cache.
-  static constexpr int64_t kDepth = P == 1 ? 16 : 32;
+  static constexpr int64_t kDepth = 32;
 
  public:
   // With those of its source, which go through the same cache.

@@ -73,6 +73,13 @@ class RowSums {
   int64_t count_ = 0;
 };
 
+// Some rows and columns of a matrix.
+struct Region {
+  int64_t row, rows, col, cols;
+
+  Region transposed() const { return {col, cols, row, rows}; }
+};
+
 // Tᵀ·V, summed over all tiles of a thread.
 template <class T>
 class Sums {
@@ -85,23 +92,27 @@ class Sums {
   }
   const Panels<S>& panels() const { return panels_; }
   void carry() { sums_.carry(); }
-  // out[0 … count] += sign · the numbers of a row from a column on; nothing when the sums do not exist.
+  // out[i·stride + j] += sign · the number at row i and column j of the region; nothing when the sums do not exist.
   template <class Out>
-  void add_row(Out* out, int64_t count, int64_t row, int64_t col, int sign) const {
+  void add_rows(Out* out, int64_t stride, const Region& region, int sign) const {
     sums_.visit([&](const auto* numbers) {
-      for (int64_t k = 0; k < count;) {
-        const auto* from = numbers + panels_.offset(row, col + k);
-        const int64_t width = min(kCols<S> - (col + k) % kCols<S>, count - k);
-        for (int64_t j = 0; j < width; ++j) out[k + j] += Out(sign * from[j]);
-        k += width;
-      }
+      for (int64_t i = 0; i < region.rows; ++i)
+        for (int64_t j = 0; j < region.cols;) {
+          const auto* from = numbers + panels_.offset(region.row + i, region.col + j);
+          const int64_t width = min(kCols<S> - (region.col + j) % kCols<S>, region.cols - j);
+          Out* to = out + i * stride + j;
+          for (int64_t c = 0; c < width; ++c) to[c] += Out(sign * from[c]);
+          j += width;
+        }
     });
   }
-  // out[0 … count] += the numbers of a column from a row on.
-  void add_column(S* out, int64_t count, int64_t row, int64_t col) const {
+  // out[j·stride + i] += the number at row i and column j of the region.
+  void add_columns(S* out, int64_t stride, const Region& region) const {
     sums_.visit([&](const auto* numbers) {
-      const auto* from = numbers + panels_.offset(row, col);
-      for (int64_t r = 0; r < count; ++r) out[r] += S(from[r * kCols<S>]);
+      for (int64_t j = 0; j < region.cols; ++j) {
+        const auto* from = numbers + panels_.offset(region.row, region.col + j);
+        for (int64_t i = 0; i < region.rows; ++i) out[j * stride + i] += S(from[i * kCols<S>]);
+      }
     });
   }
 
