@@ -1,5 +1,5 @@
-// MᵀM of a tall matrix M, in double: G = Wdᵀ Wd, which a step needs before it sees a row. Every row shares G's errors, which do
-// not average out in sums over rows.
+// MᵀM and vᵀM of a tall matrix M, in double: G = Wdᵀ Wd and bd·Wd, which a step needs before it sees a row. Every row shares
+// their errors, which do not average out in sums over rows.
 #pragma once
 
 #include "operands.h"
@@ -7,74 +7,98 @@
 
 namespace byol::BYOL_ISA {
 
-// sums += MᵀM, on and above the diagonal.
+// Rows of M that are taken at a time.
+constexpr int64_t kGramRows = 8 * kTileRows;
+
+// MᵀM of some of the rows.
 template <class T>
-void add_gram(const View<T>& matrix, double* sums) {
-  const int64_t K = matrix.cols;
-  constexpr int64_t kRows = 8 * kTileRows;
-  Buffer<double> tile(kRows * K), block_data(Blocks<double>::size(kRows, K)), panel_data(Panels<double>::size(kRows, K));
-  for (int64_t row = 0; row < matrix.rows; row += kRows) {
-    const int64_t count = min(kRows, matrix.rows - row);
-    copy<T, double>(matrix.slice(row, count), tile);
-    const View<double> view{tile, K, 1, count, K};
-    const Panels<double> panels = Panels<double>::over(panel_data, count, K);
-    pack_panels(view, panels);
-    zero_padding(panels, count, K);
-    multiply_symmetric(pack_blocks(view, block_data), panels, Panels<double>::over(sums, K, K));
+class SquareSums {
+ public:
+  void allocate_zeros(int64_t cols) {
+    cols_ = cols;
+    tile_.allocate(kGramRows * cols);
+    blocks_.allocate(Blocks<double>::size(kGramRows, cols)), panels_.allocate(Panels<double>::size(kGramRows, cols));
+    sums_.allocate_zeros(Panels<double>::size(cols, cols));
   }
-}
+  void add(const View<T>& rows) {
+    copy<T, double>(rows, tile_);
+    const View<double> view{tile_, cols_, 1, rows.rows, cols_};
+    const Panels<double> panels = Panels<double>::over(panels_, rows.rows, cols_);
+    pack_panels(view, panels);
+    zero_padding(panels, rows.rows, cols_);
+    multiply_symmetric(pack_blocks(view, blocks_), panels, sums());
+  }
+  // On and above the diagonal.
+  void add_to(double* out) const {
+    for (int64_t j = 0; j < cols_; ++j)
+      for (int64_t k = j; k < cols_; ++k) out[j * cols_ + k] += *sums().at(j, k);
+  }
 
-// MᵀM, in `data`; each thread sums a share of the rows.
-template <class T>
-Panels<double> gram_matrix(const View<T>& matrix, int most_threads, Buffer<double>& data) {
-  const int64_t K = matrix.cols;
-  const int threads = int(max(1, min(most_threads, matrix.rows * K * K / 400000)));
-  const int64_t size = Panels<double>::size(K, K);
-  data.allocate_zeros(size * threads);
-  parallel_for(threads, [&](int thread) {
-    const int64_t first = share(matrix.rows, thread, threads), last = share(matrix.rows, thread + 1, threads);
-    add_gram(matrix.slice(first, last - first), data + thread * size);
-  });
-  for (int i = 1; i < threads; ++i)
-    for (int64_t j = 0; j < size; ++j) data[j] += data[i * size + j];
-  const Panels<double> products = Panels<double>::over(data, K, K);
-  mirror(products, K);
-  return products;
-}
+ private:
+  Panels<double> sums() const { return Panels<double>::over(sums_, cols_, cols_); }
 
-// The same of a matrix in half precision, in float: its products are exact, and what sums lose is far below its own digits.
-// `out` is [K, K]; on and above the diagonal.
-template <class T>
-void half_gram(const View<T>& matrix, int most_threads, double* out) {
-  constexpr int64_t kRows = 8 * 96;
+  Buffer<double> tile_, blocks_, panels_, sums_;
+  int64_t cols_ = 0;
+};
+
+// bf16 is so coarse that sums in float do, in which its products are exact.
+template <>
+class SquareSums<bf16> {
+ public:
+  void allocate_zeros(int64_t cols) {
+    cols_ = cols;
+    rows_.allocate(kGramRows, cols), values_.allocate(kGramRows, cols), sums_.allocate_zeros(cols, cols);
+  }
+  void add(const View<bf16>& rows) {
+    rows_.pack(rows, visit_nothing);
+    fill(values_, rows);
+    rows_.multiply_symmetric(values_, sums_);
+  }
+  void add_to(double* out) const { sums_.add_rows(out, cols_, {0, cols_, 0, cols_}, 1); }
+
+ private:
+  Left<bf16> rows_;
+  Values<bf16> values_;
+  Sums<bf16> sums_;
+  int64_t cols_ = 0;
+};
+
+// products [K, K] = MᵀM and, with a v, v_products [K] += vᵀM; each thread sums a share of the rows. Before some rows of M are
+// taken, visit(first, count) is called for them, and for those up to `rows`, of which M may have fewer.
+template <class T, class Visit>
+void gram(const View<T>& matrix, const Acc<T>* v, int64_t rows, int most_threads, double* products, double* v_products,
+          const Visit& visit) {
   struct Part {
-    Left<T> rows;
-    Values<T> values;
-    Sums<T> sums;
+    SquareSums<T> squares;
+    Buffer<double> v_products;
   };
-  const int64_t K = matrix.cols;
-  const int threads = int(max(1, min(most_threads, matrix.rows * K * K / 400000)));
+  const int64_t K = matrix.cols, units = (rows + kGramRows - 1) / kGramRows;
+  const int threads = int(max(1, min(most_threads, min(units, rows * K * (K + 32) / 400000))));
   Part* parts = new Part[threads];
   try {
     parallel_for(threads, [&](int thread) {
       [[maybe_unused]] const MatrixUnit unit;
       Part& part = parts[thread];
-      part.rows.allocate(kRows, K), part.values.allocate(kRows, K), part.sums.allocate_zeros(K, K);
-      const int64_t last = share(matrix.rows, thread + 1, threads);
-      for (int64_t row = share(matrix.rows, thread, threads); row < last; row += kRows) {
-        const View<T> rows = matrix.slice(row, min(kRows, last - row));
-        part.rows.pack(rows, visit_nothing);
-        fill(part.values, rows);
-        part.rows.multiply_symmetric(part.values, part.sums);
+      part.squares.allocate_zeros(K), part.v_products.allocate_zeros(K);
+      for (int64_t i = share(units, thread, threads); i < share(units, thread + 1, threads); ++i) {
+        const int64_t first = i * kGramRows, count = min(kGramRows, matrix.rows - first);
+        visit(first, min(kGramRows, rows - first));
+        if (count <= 0) continue;
+        part.squares.add(matrix.slice(first, count));
+        if (v) add_products(matrix.slice(first, count), v + first, part.v_products);
       }
     });
-    std::memset(out, 0, K * K * sizeof(double));
-    for (int i = 0; i < threads; ++i) parts[i].sums.add_rows(out, K, {0, K, 0, K}, 1);
+    std::memset(products, 0, K * K * sizeof(double));
+    for (int i = 0; i < threads; ++i) {
+      parts[i].squares.add_to(products);
+      for (int64_t k = 0; k < K; ++k) v_products[k] += parts[i].v_products[k];
+    }
   } catch (...) {
     delete[] parts;
     throw;
   }
   delete[] parts;
+  mirror(products, K);
 }
 
 }  // namespace byol::BYOL_ISA

@@ -59,6 +59,28 @@ void add_rows(const View<T>& rows, double* sums) {
     for (int64_t k = 0; k < rows.cols; ++k) sums[k] += double(load(rows.row(r)[k]));
 }
 
+// sums += vᵀ·rows, in double.
+template <class T>
+void add_products(const View<T>& rows, const Acc<T>* v, double* sums) {
+  if (rows.col_stride == 1) {
+    for (int64_t r = 0; r < rows.rows; ++r)
+      for (int64_t k = 0; k < rows.cols; ++k) sums[k] += double(v[r]) * double(load(rows.row(r)[k]));
+  } else {
+    for (int64_t k = 0; k < rows.cols; ++k)
+      for (int64_t r = 0; r < rows.rows; ++r) sums[k] += double(v[r]) * double(load(rows.row(r)[k * rows.col_stride]));
+  }
+}
+
+// Below the diagonal of a square matrix, what is above it; by squares, for a column's numbers lie far apart.
+template <class N>
+void mirror(N* matrix, int64_t size) {
+  constexpr int64_t kSquare = 16;
+  for (int64_t row = 0; row < size; row += kSquare)
+    for (int64_t col = 0; col <= row; col += kSquare)
+      for (int64_t j = row; j < min(row + kSquare, size); ++j)
+        for (int64_t k = col; k < min(col + kSquare, j); ++k) matrix[j * size + k] = matrix[k * size + j];
+}
+
 // Σ a ⊙ b, in double.
 template <class S>
 double dot(const S* a, const double* b, int64_t count) {

@@ -79,17 +79,19 @@ class Weights<bf16> {
     // The padding stays zero, for `put` writes what is inside.
     std::memset(data_, 0, pairs_ * padded_cols() * sizeof(Pair));
   }
+  // `row` is even.
   template <class U>
-  void put(const View<U>& source, int64_t first = 0) {
+  void put(const View<U>& source, int64_t col = 0, int64_t row = 0) {
     if (source.col_stride == 1) {
       for (int64_t r = 0; r < source.rows; r += 2)
-        put_rows(source.row(r), r + 1 < source.rows ? source.row(r + 1) : nullptr, r / 2, source.cols, first);
+        put_rows(source.row(r), r + 1 < source.rows ? source.row(r + 1) : nullptr, (row + r) / 2, source.cols, col);
     } else {
-      for (int64_t col = 0; col < source.cols; ++col)
-        put_column(source.data + col * source.col_stride, source.row_stride, source.rows, first + col);
+      for (int64_t j = 0; j < source.cols; ++j)
+        put_column(source.data + j * source.col_stride, source.row_stride, source.rows, col + j, row / 2);
     }
   }
   void pad() {}
+  void pad(int64_t, int64_t) {}
   int64_t cols() const { return cols_; }
   int64_t padded_cols() const { return round_up(cols_, C); }
   int64_t panel_count() const { return padded_cols() / C; }
@@ -112,9 +114,9 @@ class Weights<bf16> {
   }
 
   template <class U>
-  void put_column(const U* from, int64_t stride, int64_t rows, int64_t col) {
+  void put_column(const U* from, int64_t stride, int64_t rows, int64_t col, int64_t pair_row) {
     for (int64_t r = 0; r < rows; r += 2, from += 2 * stride)
-      *at(r / 2, col) = pair(to_bf16(from[0]), r + 1 < rows ? to_bf16(from[stride]) : bf16{0});
+      *at(pair_row + r / 2, col) = pair(to_bf16(from[0]), r + 1 < rows ? to_bf16(from[stride]) : bf16{0});
   }
 
   Buffer<Pair> data_;

@@ -181,14 +181,14 @@ struct Panels {
   Panels until(int64_t end) const { return {data, rows, round_up(end, kCols<S>), min(live_cols, end)}; }
 };
 
-// Writes `source` into the panels' columns first … first + source.cols; the caller pads (zero_padding).
+// Writes `source` into the panels from column `col` and row `row` on; the caller pads (zero_padding).
 template <class T>
-void pack_panels(const View<T>& source, const Panels<Acc<T>>& panels, int64_t first = 0) {
+void pack_panels(const View<T>& source, const Panels<Acc<T>>& panels, int64_t col = 0, int64_t row = 0) {
   using S = Acc<T>;
   constexpr int64_t C = kCols<S>;
   for (int64_t begin = 0; begin < source.cols;) {
-    const int64_t lane = (first + begin) % C, width = min(C - lane, source.cols - begin);
-    S* out = panels.panel((first + begin) / C) + lane;
+    const int64_t lane = (col + begin) % C, width = min(C - lane, source.cols - begin);
+    S* out = panels.row(row, (col + begin) / C) + lane;
     const T* from = source.data + begin * source.col_stride;
     if (source.col_stride == 1) {
       for (int64_t r = 0; r < source.rows; ++r)
@@ -213,18 +213,22 @@ void fill_rows(S* c, int64_t ldc, int64_t rows, const S* row, int64_t count) {
   for (int64_t r = 0; r < rows; ++r) std::memcpy(c + r * ldc, row, count * sizeof(S));
 }
 
-// Zeros rows beyond `rows` and columns beyond `cols`.
+// In rows first … last: zeros rows beyond `rows` and columns beyond `cols`.
 template <class S>
-void zero_padding(const Panels<S>& panels, int64_t rows, int64_t cols) {
+void zero_padding(const Panels<S>& panels, int64_t first, int64_t last, int64_t rows, int64_t cols) {
   constexpr int64_t C = kCols<S>;
   for (int64_t i = 0; i < panels.count(); ++i) {
     S* panel = panels.panel(i);
     const int64_t live = max(0, min(C, cols - i * C));
     if (live < C)
-      for (int64_t r = 0; r < rows; ++r)
+      for (int64_t r = first; r < min(last, rows); ++r)
         for (int64_t j = live; j < C; ++j) panel[r * C + j] = S(0);
-    std::memset(panel + rows * C, 0, (panels.rows - rows) * C * sizeof(S));
+    if (last > rows) std::memset(panel + rows * C, 0, (last - rows) * C * sizeof(S));
   }
+}
+template <class S>
+void zero_padding(const Panels<S>& panels, int64_t rows, int64_t cols) {
+  zero_padding(panels, 0, panels.rows, rows, cols);
 }
 
 // What a product does with what C holds: overwrite it, add to it, or begin the sum with it. A bias is where a sum begins:
@@ -376,13 +380,6 @@ void multiply_transposed(const Blocks<S>& a, const Panels<S>& b, const Panels<S>
 template <class S>
 void multiply_symmetric(const Blocks<S>& a, const Panels<S>& b, const Panels<S>& c) {
   multiply_transposed(a, b, c, [&](int64_t j) { return min(a.cols, (j + 1) * kCols<S>); });
-}
-
-// Below the diagonal, what is above it.
-template <class S>
-void mirror(const Panels<S>& matrix, int64_t size) {
-  for (int64_t j = 0; j < size; ++j)
-    for (int64_t k = 0; k < j; ++k) *matrix.at(j, k) = *matrix.at(k, j);
 }
 
 }  // namespace byol::BYOL_ISA

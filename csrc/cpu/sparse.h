@@ -114,13 +114,13 @@ class SparseStep {
       for (int64_t first = share(D, thread, threads), last = share(D, thread + 1, threads); first < last; first += kStrip)
         copy_weights(encoder, decoder, first, min(first + kStrip, last));
     });
+    for (int64_t d = 0; d < D; ++d) bias_energy += double(decoder_bias[d]) * double(decoder_bias[d]);
     bias_code.allocate_zeros(K);
-    for (int64_t d = 0; d < D; ++d) {
-      const double bias = double(decoder_bias[d]);
-      bias_energy += bias * bias;
-      for (int64_t k = 0; args.decoder_bias && k < K; ++k) bias_code[k] += bias * double(decoder_row(d)[k]);
-    }
-    gram = gram_matrix(View<S>{decoder_row(0), width, 1, D, K}, args.threads, gram_data);
+    const Buffer<double> products(K * K);
+    gram(View<S>{decoder_row(0), width, 1, D, K}, args.decoder_bias ? static_cast<const S*>(decoder_bias) : nullptr, D, args.threads,
+         products, bias_code, visit_nothing);
+    gram_weights.allocate(K, K);
+    fill(gram_weights, View<double>{products, K, 1, K, K});
   }
 
   // Rows first … last of [Weᵀ, Wd], zeros after it.
@@ -151,7 +151,7 @@ class SparseStep {
         w.energy += encode(first + r, product + r * width, code + r * code_stride, slope + r * code_stride, entries);
       const View<double> codes{code, code_stride, 1, rows, K};
       const Blocks<double> blocks = pack_blocks(codes, block_data);
-      multiply(blocks, gram, error, code_stride);
+      multiply(blocks, gram_weights.panels(), error, code_stride);
       for (int64_t r = 0; r < rows; ++r)
         w.cross += finish_row(w, first + r, product + r * width, code + r * code_stride, slope + r * code_stride,
                               error + r * code_stride);
@@ -291,9 +291,9 @@ class SparseStep {
   const int64_t K, D, width, code_stride;
   double bias_energy = 0;
   Buffer<S> encoder_bias, decoder_bias, weights, values, column_values;
-  Buffer<double> bias_code, gram_data;
+  Buffer<double> bias_code;
   Buffer<int64_t> column_starts, column_rows;
-  Panels<double> gram{};
+  Weights<double> gram_weights;  // G
 };
 
 }  // namespace byol::BYOL_ISA

@@ -138,7 +138,7 @@ class Step {
 
   static void carry(Worker& w) { w.input_sums.carry(), w.target_sums.carry(), w.code_products.carry(), w.summed = 0; }
 
-  int64_t code_stride() const { return weights.gram.padded_cols(); }
+  int64_t code_stride() const { return weights.gram_weights.padded_cols(); }
   // V for the input: the columns of Y (unless tied or separate), then those of dU, as far as they are wanted.
   int64_t slope_column() const { return joint && wants_code ? K : 0; }
   int64_t input_width() const {
@@ -243,7 +243,7 @@ class Step {
       w.target.multiply(weights.target_weights, 0, K, w.target_product, weights.target_weights.padded_cols(), Into::store,
                         target_view().slice(tile.first + tile.rows, tile.next));
     w.packed_code.pack(code(w, tile.padded), visit_nothing);
-    w.packed_code.multiply(weights.gram, 0, K, w.error, code_stride(), Into::store);
+    w.packed_code.multiply(weights.gram_weights, 0, K, w.error, code_stride(), Into::store);
     const S* products = separate ? w.target_product : w.product + (joint ? K : 0);
     const int64_t stride = separate ? weights.target_weights.padded_cols() : weights.input_weights.padded_cols();
     sum_codes(w, tile);
@@ -391,8 +391,7 @@ class Step {
     products.allocate_zeros(K * K);
     for (int i = 0; i < threads; ++i) workers[i].code_products.template add_rows<N>(products, K, {0, K, 0, K}, 1);
     // Summed on and above the diagonal.
-    for (int64_t j = 0; j < K; ++j)
-      for (int64_t k = 0; k < j; ++k) products[j * K + k] = products[k * K + j];
+    mirror<N>(products, K);
     for (int i = 0; i < threads; ++i)
       for (int64_t j = 0; j < K; ++j)
         for (int64_t k = 0; k < K; ++k) products[j * K + k] += N(double(workers[i].centre[j]) * workers[i].centred_sum[k]);

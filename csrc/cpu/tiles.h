@@ -40,20 +40,21 @@ class Staged {
     if (rows != rows_ || cols != cols_) std::memset(data_, 0, rows_ * cols_ * sizeof(float));
   }
   template <class U>
-  void put(const View<U>& source, int64_t first) {
+  void put(const View<U>& source, int64_t col, int64_t row) {
     constexpr int64_t kStrip = 16;
+    float* const out = data_ + row * cols_ + col;
     for (int64_t top = 0; top < source.rows; top += kStrip) {
       const int64_t bottom = min(top + kStrip, source.rows);
       if (source.col_stride == 1) {
         for (int64_t r = top; r < bottom; ++r)
-          for (int64_t j = 0; j < source.cols; ++j) data_[r * cols_ + first + j] = load(source.row(r)[j]);
+          for (int64_t j = 0; j < source.cols; ++j) out[r * cols_ + j] = load(source.row(r)[j]);
       } else {
         int64_t j = 0;
         if (source.row_stride == 1 && bottom - top == kStrip)
           for (; j + kStrip <= source.cols; j += kStrip)
-            put_transposed(source.row(top) + j * source.col_stride, source.col_stride, top, first + j);
+            put_transposed(source.row(top) + j * source.col_stride, source.col_stride, out + top * cols_ + j);
         for (; j < source.cols; ++j)
-          for (int64_t r = top; r < bottom; ++r) data_[r * cols_ + first + j] = load(source.row(r)[j * source.col_stride]);
+          for (int64_t r = top; r < bottom; ++r) out[r * cols_ + j] = load(source.row(r)[j * source.col_stride]);
       }
     }
   }
@@ -63,11 +64,11 @@ class Staged {
  private:
   // 16 columns of 16 numbers each.
   template <class U>
-  void put_transposed(const U* source, int64_t col_stride, int64_t row, int64_t col) {
+  void put_transposed(const U* source, int64_t col_stride, float* out) {
     __m512i numbers[16];
     for (int j = 0; j < 16; ++j) numbers[j] = _mm512_castps_si512(load16(source + j * col_stride));
     transpose(numbers);
-    for (int r = 0; r < 16; ++r) _mm512_storeu_si512(data_ + (row + r) * cols_ + col, numbers[r]);
+    for (int r = 0; r < 16; ++r) _mm512_storeu_si512(out + r * cols_, numbers[r]);
   }
 
   Buffer<float> data_;
@@ -83,13 +84,15 @@ class TileWeights {
   void allocate(int64_t rows, int64_t cols) { staged_.allocate(rows, cols), blocks_.allocate(cols, rows); }
   void shape(int64_t rows, int64_t cols) { staged_.shape(rows, cols), blocks_.shape(cols, rows); }
   template <class U>
-  void put(const View<U>& source, int64_t first = 0) {
-    staged_.put(source, first);
+  void put(const View<U>& source, int64_t col = 0, int64_t row = 0) {
+    staged_.put(source, col, row);
   }
-  void pad() {
+  void pad() { pad(0, blocks_.cols() * kEdge); }
+  // Whole blocks of rows.
+  void pad(int64_t first, int64_t count) {
     __m512i even[P], odd[P];
     for (int64_t col = 0; col < blocks_.rows(); ++col)
-      for (int64_t row = 0; row < blocks_.cols(); ++row)
+      for (int64_t row = first / kEdge; row < Blocked<P>::count(first + count); ++row)
         for (int64_t pair = 0; pair < 16; ++pair) {
           split<P>(staged_.at(row * kEdge + 2 * pair, col * kEdge), even);
           split<P>(staged_.at(row * kEdge + 2 * pair + 1, col * kEdge), odd);
@@ -130,7 +133,7 @@ class TileValues {
   void put(const View<U>& source, int64_t first = 0) {
     if (!is_staged_) staged_.shape(rows_, cols_);
     is_staged_ = true;
-    staged_.put(source, first);
+    staged_.put(source, first, 0);
   }
   // Whole blocks are packed where they lie.
   void put(const View<float>& source, int64_t first = 0) {

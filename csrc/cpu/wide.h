@@ -29,13 +29,16 @@ class Weights {
 
  public:
   void allocate(int64_t rows, int64_t cols) { data_.allocate(Panels<S>::size(rows, cols)); }
-  // From here on a matrix of this size; `put` its columns, then `pad`.
+  // From here on a matrix of this size; `put` its parts, then `pad`.
   void shape(int64_t rows, int64_t cols) { panels_ = Panels<S>::over(data_, rows, cols), rows_ = rows, cols_ = cols; }
+  // Where its first number belongs: in this column and row.
   template <class U>
-  void put(const View<U>& source, int64_t first = 0) {
-    pack_panels(source, panels_, first);
+  void put(const View<U>& source, int64_t col = 0, int64_t row = 0) {
+    pack_panels(source, panels_, col, row);
   }
-  void pad() { zero_padding(panels_, rows_, cols_); }
+  void pad() { pad(0, rows_); }
+  // So many rows from `row` on, and, with the last, those that are padding.
+  void pad(int64_t row, int64_t count) { zero_padding(panels_, row, row + count < rows_ ? row + count : panels_.rows, rows_, cols_); }
   int64_t padded_cols() const { return panels_.cols; }
   const Panels<S>& panels() const { return panels_; }
 
