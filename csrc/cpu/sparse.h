@@ -110,15 +110,14 @@ class SparseStep {
     load_bias<T>(args.encoder_bias, K, encoder_bias);
     load_bias<T>(args.decoder_bias, D, decoder_bias);
     weights.allocate(D * width);
-    parallel_for(threads, [&](int thread) {
-      for (int64_t first = share(D, thread, threads), last = share(D, thread + 1, threads); first < last; first += kStrip)
-        copy_weights(encoder, decoder, first, min(first + kStrip, last));
-    });
     for (int64_t d = 0; d < D; ++d) bias_energy += double(decoder_bias[d]) * double(decoder_bias[d]);
     bias_code.allocate_zeros(K);
     const Buffer<double> products(K * K);
     gram(View<S>{decoder_row(0), width, 1, D, K}, args.decoder_bias ? static_cast<const S*>(decoder_bias) : nullptr, D, args.threads,
-         products, bias_code, visit_nothing);
+         products, bias_code, [&](int64_t first, int64_t count) {
+           for (int64_t strip = first; strip < first + count; strip += kStrip)
+             copy_weights(encoder, decoder, strip, min(strip + kStrip, first + count));
+         });
     gram_weights.allocate(K, K);
     fill(gram_weights, View<double>{products, K, 1, K, K});
   }
