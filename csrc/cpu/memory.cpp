@@ -1,5 +1,7 @@
 #include "memory.h"
 
+#include <pthread.h>
+
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -69,6 +71,9 @@ class Kept {
     regions_.push_back(region);
     bytes_ += region.bytes;
   }
+  // Around a fork: in the child, a mutex that another thread had would stay locked for ever.
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
 
  private:
   Region remove(size_t index) {
@@ -85,7 +90,10 @@ class Kept {
 
 // Never destroyed: a result may outlive the interpreter.
 Kept& kept() {
-  static Kept& kept = *new Kept;
+  static Kept& kept = *[] {
+    pthread_atfork([] { byol::kept().lock(); }, [] { byol::kept().unlock(); }, [] { byol::kept().unlock(); });
+    return new Kept;
+  }();
   return kept;
 }
 
