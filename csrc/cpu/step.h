@@ -453,8 +453,9 @@ class Step {
       if (separate) w.target_sums.add_rows(gradient, stride, region, -1);
       w.direct.add_code_sums(gradient, stride, first, count, K);
     }
+    if (tied) return;
     S* out = static_cast<S*>(args.d_decoder_weight) + first * K;
-    for (int64_t d = 0; !tied && d < count; ++d)
+    for (int64_t d = 0; d < count; ++d)
       for (int64_t k = 0; k < K; ++k) out[d * K + k] = S(gradient[d * stride + k]);
   }
 
