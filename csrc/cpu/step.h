@@ -57,21 +57,25 @@ class Step {
 
   double run() {
     Worker* workers = new Worker[threads];
+    double total = 0;
     Missed missed;
     try {
       parallel_for(threads, [&](int thread) { run_share(workers[thread], thread); });
-      for (int i = 0; i < threads; ++i) missed.add(workers[i].missed.squared_error, workers[i].missed.energy);
+      for (int i = 0; i < threads; ++i) {
+        total += workers[i].total;
+        missed.add(workers[i].missed.squared_error, workers[i].missed.energy);
+      }
       exceeds(kInFloat, missed) ? finish<double>(workers) : finish<S>(workers);
     } catch (...) {
       delete[] workers;
       throw;
     }
     delete[] workers;
-    return missed.squared_error;
+    return total;
   }
 
  private:
-  // Of the tiles so far.
+  // Of the Gram tiles so far.
   struct Missed {
     double squared_error = 0, energy = 0;  // Σ R², and what it may not be too small a part of
 
@@ -88,8 +92,9 @@ class Step {
 
   // What one thread owns.
   struct Worker {
+    double total = 0;                                           // Σ R²
     Missed missed;
-    int64_t summed = 0;                                         // rows since sums were carried
+    int64_t summed = 0;                                         // rows of Gram tiles since sums were carried
     bool expects_direct = false;                                // of the next tile
     Left<T> input, target;                                      // packed tiles of X and T
     Left<Code<T>> packed_code;                                  // of Z, then of Y
@@ -130,8 +135,6 @@ class Step {
     w.expects_direct = args.form == Form::direct;
     for (int64_t row = first; row < last; row += height) {
       const int64_t rows = min(height, last - row);
-      if (carries(w.summed + rows, w.missed)) carry(w);
-      w.summed += rows;
       run_tile(w, {row, rows, pad_rows<T>(rows), min(height, last - row - rows)});
     }
   }
@@ -213,7 +216,7 @@ class Step {
     if (direct) {
       const double squared_error =
           w.direct.run(args, weights.decoder_bias, targets, code(w, tile.rows), wants_code, w.error, code_stride());
-      w.missed.add(squared_error, most(energy));
+      w.total += squared_error;
       w.expects_direct = takes_direct(energy, squared_error);
     }
     if (wants_slope) finish_slope(w, tile);
@@ -253,6 +256,7 @@ class Step {
     for (; k + kTogether <= K; k += kTogether) squared_error += subtract<kTogether>(w, tile.rows, products + k, stride, lost, k);
     for (; k < K; ++k) squared_error += subtract<1>(w, tile.rows, products + k, stride, lost, k);
     if (takes_direct(energy, squared_error)) return false;
+    w.total += squared_error;
     w.missed.add(squared_error, most(energy));
     return true;
   }
@@ -335,6 +339,8 @@ class Step {
   // The sums over rows. A direct tile has already given the decoder's share, as RᵀZ and Σ R.
   void accumulate(Worker& w, const Tile& tile, bool direct) {
     if (!direct) {
+      if (carries(w.summed + tile.rows, w.missed)) carry(w);
+      w.summed += tile.rows;
       for (int64_t k = 0; k < K; ++k) w.code_sum[k] += w.tile_code_sum[k];
       w.statistics.keep_tile();
       if (wants_code) {
