@@ -321,7 +321,7 @@ class TileLeft {
       }
   }
 
-  // The rows that follow are not fetched meanwhile: nobody has measured it.
+  // The rows that follow are not fetched meanwhile: the lines come in the way of those that the products wait for.
   void multiply(const TileWeights<T>& weights, int64_t first, int64_t cols, float* out, int64_t ldc, Into into,
                 const View<T>& = {}) const {
     for (int64_t depth = 0; depth < blocks_.cols(); depth += kDepth)
