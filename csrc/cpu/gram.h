@@ -7,8 +7,8 @@
 
 namespace byol::BYOL_ISA {
 
-// Rows of M that are taken at a time.
-constexpr int64_t kGramRows = 8 * kTileRows;
+// Rows of a tall matrix, as weights are, that are taken at a time.
+constexpr int64_t kWeightRows = 8 * kTileRows;
 
 // MᵀM of some of the rows.
 template <class T>
@@ -16,8 +16,8 @@ class SquareSums {
  public:
   void allocate_zeros(int64_t cols) {
     cols_ = cols;
-    tile_.allocate(kGramRows * cols);
-    blocks_.allocate(Blocks<double>::size(kGramRows, cols)), panels_.allocate(Panels<double>::size(kGramRows, cols));
+    tile_.allocate(kWeightRows * cols);
+    blocks_.allocate(Blocks<double>::size(kWeightRows, cols)), panels_.allocate(Panels<double>::size(kWeightRows, cols));
     sums_.allocate_zeros(Panels<double>::size(cols, cols));
   }
   void add(const View<T>& rows) {
@@ -47,7 +47,7 @@ class SquareSums<bf16> {
  public:
   void allocate_zeros(int64_t cols) {
     cols_ = cols;
-    rows_.allocate(kGramRows, cols), values_.allocate(kGramRows, cols), sums_.allocate_zeros(cols, cols);
+    rows_.allocate(kWeightRows, cols), values_.allocate(kWeightRows, cols), sums_.allocate_zeros(cols, cols);
   }
   void add(const View<bf16>& rows) {
     rows_.pack(rows, visit_nothing);
@@ -72,7 +72,7 @@ void gram(const View<T>& matrix, const Acc<T>* v, int64_t rows, int most_threads
     SquareSums<T> squares;
     Buffer<double> v_products;
   };
-  const int64_t K = matrix.cols, units = (rows + kGramRows - 1) / kGramRows;
+  const int64_t K = matrix.cols, units = (rows + kWeightRows - 1) / kWeightRows;
   const int threads = int(max(1, min(most_threads, min(units, rows * K * (K + 32) / 400000))));
   Part* parts = new Part[threads];
   try {
@@ -81,8 +81,8 @@ void gram(const View<T>& matrix, const Acc<T>* v, int64_t rows, int most_threads
       Part& part = parts[thread];
       part.squares.allocate_zeros(K), part.v_products.allocate_zeros(K);
       for (int64_t i = share(units, thread, threads); i < share(units, thread + 1, threads); ++i) {
-        const int64_t first = i * kGramRows, count = min(kGramRows, matrix.rows - first);
-        visit(first, min(kGramRows, rows - first));
+        const int64_t first = i * kWeightRows, count = min(kWeightRows, matrix.rows - first);
+        visit(first, min(kWeightRows, rows - first));
         if (count <= 0) continue;
         part.squares.add(matrix.slice(first, count));
         if (v) add_products(matrix.slice(first, count), v + first, part.v_products);

@@ -71,14 +71,11 @@ void add_products(const View<T>& rows, const Acc<T>* v, double* sums) {
   }
 }
 
-// Below the diagonal of a square matrix, what is above it; by squares, for a column's numbers lie far apart.
+// Below the diagonal of a square matrix, what is above it.
 template <class N>
 void mirror(N* matrix, int64_t size) {
-  constexpr int64_t kSquare = 16;
-  for (int64_t row = 0; row < size; row += kSquare)
-    for (int64_t col = 0; col <= row; col += kSquare)
-      for (int64_t j = row; j < min(row + kSquare, size); ++j)
-        for (int64_t k = col; k < min(col + kSquare, j); ++k) matrix[j * size + k] = matrix[k * size + j];
+  for (int64_t j = 0; j < size; ++j)
+    for (int64_t k = 0; k < j; ++k) matrix[j * size + k] = matrix[k * size + j];
 }
 
 // Σ a ⊙ b, in double.

@@ -108,12 +108,11 @@ class Step {
     Statistics<T, Left<T>::kBlockRows, Left<T>::kBlockCols> statistics;  // Σ A² of a tile, Σa
     Buffer<double> tile_code_sum;                               // Σz of one tile
     Buffer<S> lost;                                             // Z times G's rounding
+    Buffer<double> cross;                                       // Σ z ⊙ (e − q) of one tile
     Direct<T> direct;                                           // of tiles where the Gram form would cancel
   };
 
-  // Features that are taken at a time where the whole of Wd is gone through.
-  static constexpr int64_t kRows = 8 * kTileRows;
-  static_assert(kResidualCols % kRows == 0);
+  static_assert(kResidualCols % kWeightRows == 0, "rows of Wd that are taken at a time belong to one block of the direct form");
 
   struct Tile {
     int64_t first, rows, padded, next;  // first row, rows, with padding, and rows of the tile that follows
@@ -180,6 +179,7 @@ class Step {
     w.code_sum.allocate_zeros(K);
     w.tile_code_sum.allocate(K);
     w.lost.allocate(sizeof(T) == 4 ? code_size : K);
+    w.cross.allocate(K);
     w.slope_sum.allocate_zeros(K);
   }
 
@@ -251,37 +251,24 @@ class Step {
     const int64_t stride = separate ? weights.target_weights.padded_cols() : weights.input_weights.padded_cols();
     sum_codes(w, tile);
     const View<S> lost = multiply_lost(w, tile);
+    for (int64_t k = 0; k < K; ++k) w.cross[k] = 0;
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const S* product = products + r * stride;
+      const S *z = w.code + r * code_stride(), *low = lost.row(r);
+      S* e = w.error + r * code_stride();
+#pragma GCC ivdep
+      for (int64_t k = 0; k < K; ++k) {
+        const double q = double(product[k]) - weights.code_offset[k], error = double(e[k]) + low[k] - q;
+        e[k] = S(error);
+        w.cross[k] += double(z[k]) * (error - q);
+      }
+    }
     double squared_error = energy.centred;
-    int64_t k = 0;
-    for (; k + kTogether <= K; k += kTogether) squared_error += subtract<kTogether>(w, tile.rows, products + k, stride, lost, k);
-    for (; k < K; ++k) squared_error += subtract<1>(w, tile.rows, products + k, stride, lost, k);
+    for (int64_t k = 0; k < K; ++k) squared_error += w.cross[k];
     if (takes_direct(energy, squared_error)) return false;
     w.total += squared_error;
     w.missed.add(squared_error, most(energy));
     return true;
-  }
-
-  // Codes that are gone through at a time, all rows of them: what belongs to one stays in registers.
-  static constexpr int kTogether = 16;
-
-  // Turns columns k … k + kCodes of Z·G into those of E, of which `products` has Q before its offset; Σ Z ⊙ (E − Q) of them.
-  template <int kCodes>
-  double subtract(Worker& w, int64_t rows, const S* products, int64_t stride, const View<S>& lost, int64_t k) const {
-    double cross[kCodes] = {}, offset[kCodes];
-    for (int j = 0; j < kCodes; ++j) offset[j] = weights.code_offset[k + j];
-    for (int64_t r = 0; r < rows; ++r, products += stride) {
-      const S *z = w.code + r * code_stride() + k, *low = lost.row(r) + k;
-      S* e = w.error + r * code_stride() + k;
-#pragma GCC ivdep
-      for (int j = 0; j < kCodes; ++j) {
-        const double q = double(products[j]) - offset[j], error = double(e[j]) + low[j] - q;
-        e[j] = S(error);
-        cross[j] += double(z[j]) * (error - q);
-      }
-    }
-    double total = 0;
-    for (double part : cross) total += part;
-    return total;
   }
 
   // Q and TᵀZ are made of T, biases and all, Σ R² of A: of neither may the residual be too small a part.
@@ -408,13 +395,13 @@ class Step {
   void finish_weights(Worker* workers, int thread, const Weights<N>& code_products) const {
     [[maybe_unused]] const MatrixUnit unit;
     const int64_t stride = code_products.padded_cols();
-    Buffer<N> gradient(kRows * stride), decoder_rows(kRows * K);
-    Buffer<double> residuals(kRows * threads);
+    Buffer<N> gradient(kWeightRows * stride), decoder_rows(kWeightRows * K);
+    Buffer<double> residuals(kWeightRows * threads);
     Left<N> decoder;
-    if (wants_code) decoder.allocate(kRows, K);
-    const int64_t features = max(args.in_features, args.out_features), units = (features + kRows - 1) / kRows;
+    if (wants_code) decoder.allocate(kWeightRows, K);
+    const int64_t features = max(args.in_features, args.out_features), units = (features + kWeightRows - 1) / kWeightRows;
     for (int64_t unit = share(units, thread, threads); unit < share(units, thread + 1, threads); ++unit) {
-      const int64_t first = unit * kRows, outputs = min(kRows, args.out_features - first);
+      const int64_t first = unit * kWeightRows, outputs = min(kWeightRows, args.out_features - first);
       if (outputs > 0 && (wants_code || args.d_decoder_bias)) {
         copy<T, N>(decoder_view<T>(args).slice(first, outputs), decoder_rows);
         sum_residuals<N>(workers, first, outputs, decoder_rows, residuals);
@@ -425,7 +412,7 @@ class Step {
         decoder_gradient<N>(workers, first, outputs, residuals, gradient, stride);
       }
       if (args.d_encoder_weight && first < args.in_features)
-        encoder_gradient<N>(workers, first, min(kRows, args.in_features - first), gradient, stride);
+        encoder_gradient<N>(workers, first, min(kWeightRows, args.in_features - first), gradient, stride);
     }
   }
 

@@ -194,11 +194,15 @@ struct Square {
 
 // Undoes `place`, for rows and columns.
 template <class N>
-void put_in_order(const N* block, Square<N>& out) {
+Square<N> in_order(const N* block) {
+  Square<N> out;
   for (int64_t i = 0; i < kEdge; ++i)
     for (int64_t j = 0; j < kEdge; ++j) out.rows[i][j] = block[place(i) * kEdge + place(j)];
+  return out;
 }
-inline void put_in_order(const float* block, Square<float>& out) {
+template <>
+inline Square<float> in_order(const float* block) {
+  Square<float> out;
   // By 128 bits: those of the first register and of the second in turn.
   const __m512i low = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
   const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
@@ -207,14 +211,19 @@ inline void put_in_order(const float* block, Square<float>& out) {
     _mm512_store_ps(out.rows[i], _mm512_permutex2var_ps(first, low, second));
     _mm512_store_ps(out.rows[i] + 16, _mm512_permutex2var_ps(first, high, second));
   }
+  return out;
 }
 
 template <class N>
-void transpose(const Square<N>& block, Square<N>& out) {
+Square<N> transposed(const Square<N>& block) {
+  Square<N> out;
   for (int64_t i = 0; i < kEdge; ++i)
     for (int64_t j = 0; j < kEdge; ++j) out.rows[j][i] = block.rows[i][j];
+  return out;
 }
-inline void transpose(const Square<float>& block, Square<float>& out) {
+template <>
+inline Square<float> transposed(const Square<float>& block) {
+  Square<float> out;
   for (int64_t i = 0; i < kEdge; i += 16)
     for (int64_t j = 0; j < kEdge; j += 16) {
       __m512i numbers[16];
@@ -222,6 +231,7 @@ inline void transpose(const Square<float>& block, Square<float>& out) {
       transpose(numbers);
       for (int64_t r = 0; r < 16; ++r) _mm512_store_si512(out.rows[j + r] + i, numbers[r]);
     }
+  return out;
 }
 
 // (Tᵀ·V)ᵀ in blocks of 32×32, rows and columns of each in the order of `place`.
@@ -236,9 +246,7 @@ class TileSums {
   template <class Out>
   void add_rows(Out* out, int64_t stride, const Region& region, int sign) const {
     visit_blocks(region, [&](const auto& block, int64_t row, int64_t col) {
-      auto by_row = block;
-      transpose(block, by_row);
-      add_part(by_row, row, col, region, out, stride, sign);
+      add_part(transposed(block), row, col, region, out, stride, sign);
     });
   }
   void add_columns(float* out, int64_t stride, const Region& region) const {
@@ -258,12 +266,9 @@ class TileSums {
   }
   template <class N, class Body>
   void visit_blocks(const N* numbers, const Region& region, const Body& body) const {
-    Square<N> block;
     for (int64_t row = region.row / kEdge * kEdge; row < region.row + region.rows; row += kEdge)
-      for (int64_t col = region.col / kEdge * kEdge; col < region.col + region.cols; col += kEdge) {
-        put_in_order(numbers + offset(row / kEdge, col / kEdge), block);
-        body(block, row, col);
-      }
+      for (int64_t col = region.col / kEdge * kEdge; col < region.col + region.cols; col += kEdge)
+        body(in_order(numbers + offset(row / kEdge, col / kEdge)), row, col);
   }
 
   // out += sign · what a block, whose first number is at this row and column, has of the region.
