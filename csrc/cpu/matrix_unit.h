@@ -132,10 +132,10 @@ inline Acc<T> kept(Acc<T> x) {
   return x - rest;
 }
 
-// C[32, 32] += Σ of A's blocks times B's, or C = that sum, C's rows being ldc apart.
-template <int P>
+// C[32, 32] += Σ of A's blocks times B's, or C = that sum, C's rows being ldc apart. Calls beside() after each product of parts.
+template <int P, class Beside>
 inline void multiply_blocks(const bf16* a, int64_t a_stride, const bf16* b, int64_t b_stride, int64_t count, float* c,
-                            int64_t ldc, bool add) {
+                            int64_t ldc, bool add, const Beside& beside) {
   const auto left = [&](int part) {
     if (P == 1) {
       // Past the first-level cache, where B stays: nothing of A is loaded again before it would be gone.
@@ -150,11 +150,12 @@ inline void multiply_blocks(const bf16* a, int64_t a_stride, const bf16* b, int6
     _tile_loadd(6, b + part * kBlock, 64);
     _tile_loadd(7, b + part * kBlock + kTile, 64);
   };
-  const auto multiply = [] {
+  const auto multiply = [&] {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
+    beside();
   };
   float* const lower = c + 16 * ldc;
   const int64_t bytes = ldc * int64_t(sizeof(float));

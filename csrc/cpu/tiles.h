@@ -5,7 +5,7 @@
 // by lane of 128 bits, leaves columns in another order (`place`), in which Xᵀ·V is summed.
 #pragma once
 
-#include "matrix_unit.h"
+#include "beside.h"
 #include "wide.h"
 
 #ifdef __AMX_BF16__
@@ -300,7 +300,7 @@ class TileLeft {
 
   void allocate(int64_t rows, int64_t cols) {
     blocks_.allocate(rows, cols);
-    pairs_.allocate(Blocked<P>::count(rows) * P * kBlock);
+    pairs_.allocate(2 * Blocked<P>::count(rows) * P * kBlock);
   }
 
   template <class U, class Visit>
@@ -334,48 +334,56 @@ class TileLeft {
         for (int64_t i = 0; i < blocks_.rows(); ++i)
           multiply_blocks<P>(blocks_.at(i, depth), P * kBlock, weights.blocks().at(first / kEdge + j, depth), P * kBlock,
                              min(kDepth, blocks_.cols() - depth), out + i * kEdge * ldc + j * kEdge, ldc,
-                             depth > 0 || into != Into::store);
+                             depth > 0 || into != Into::store, [] {});
   }
 
   void multiply_transposed(const TileValues<T>& values, const TileSums& sums, int64_t first = 0) const {
-    for (int64_t col = 0; col < blocks_.cols(); ++col) add_products(values, sums, col, first / kEdge);
+    add_products(values, sums, [&](int64_t) { return first / kEdge; });
   }
 
   void multiply_symmetric(const TileValues<T>& values, const TileSums& sums) const {
-    for (int64_t col = 0; col < blocks_.cols(); ++col) add_products(values, sums, col, col);
+    add_products(values, sums, [](int64_t col) { return col; });
   }
 
  private:
-  // Those of V's blocks of columns from `first` on with a block of T's columns.
-  void add_products(const TileValues<T>& values, const TileSums& sums, int64_t col, int64_t first) const {
-    pair_rows(col);
-    for (int64_t k = first; k < values.blocks().rows(); ++k) add_product(values.blocks().at(k, 0), sums.block(col, k));
-  }
-
-  // A sum of three parts begins at zero: each of its six products is rounded to the digits of what it is added to, and what
-  // all tiles before came to is larger than it.
-  void add_product(const bf16* values, float* sums) const {
-    if constexpr (P == 3) {
-      alignas(64) float product[kEdge * kEdge];
-      multiply_blocks<P>(values, P * kBlock, pairs_, P * kBlock, blocks_.rows(), product, kEdge, false);
-      for (int64_t j = 0; j < kEdge * kEdge; ++j) sums[j] += product[j];
-    } else {
-      multiply_blocks<P>(values, P * kBlock, pairs_, P * kBlock, blocks_.rows(), sums, kEdge, true);
-    }
-  }
-
-  // A block of columns as a right operand.
-  void pair_rows(int64_t col) const {
-    bf16* pairs = pairs_;
-    for (int64_t row = 0; row < blocks_.rows(); ++row)
-      for (int p = 0; p < P; ++p, pairs += kBlock) {
-        const bf16* rows = blocks_.at(row, col) + p * kBlock;
-        for (int64_t pair = 0; pair < 16; ++pair) {
-          const __m512i even = _mm512_loadu_si512(rows + pair * 64), odd = _mm512_loadu_si512(rows + pair * 64 + 32);
-          _mm512_storeu_si512(pairs + pair * 32, _mm512_unpacklo_epi16(even, odd));
-          _mm512_storeu_si512(pairs + kTile + pair * 32, _mm512_unpackhi_epi16(even, odd));
+  // Those of V's blocks of columns from first(col) on with each block of T's columns. These become right operands, one beside the
+  // products of the one before; but with one block of V, or of numbers of one part, that would take as long as the products.
+  //
+  // A sum of three parts begins at zero, for each of its six products is rounded to the digits of what it is added to, and what
+  // all tiles before came to is larger than it. It is added to that beside the next sum.
+  template <class First>
+  void add_products(const TileValues<T>& values, const TileSums& sums, const First& first) const {
+    const int64_t rows = blocks_.rows(), cols = blocks_.cols(), slices = kSlices<P> * rows;
+    const int64_t vectors = slice(Addition::kVectors, slices);
+    const bool ahead = P > 1 && values.blocks().rows() - first(0) > 1;
+    const auto pairs = [&](int64_t col) { return pairs_ + (ahead ? col % 2 * rows * P * kBlock : 0); };
+    alignas(64) float products[2][kEdge * kEdge];
+    int turn = 0;
+    Addition addition;
+    Pairing<P> pairing;
+    const auto begin_pairs = [&](int64_t col) { pairing.begin(blocks_.at(0, col), cols * P * kBlock, rows, pairs(col)); };
+    if (ahead) begin_pairs(0);
+    for (int64_t col = 0; col < cols; ++col) {
+      if (!ahead) begin_pairs(col);
+      pairing.finish();
+      if (ahead && col + 1 < cols) begin_pairs(col + 1);
+      const bf16* const right = pairs(col);
+      const int64_t end = values.blocks().rows(), units = slice(Pairing<P>::kUnits * rows, slices * (end - first(col)));
+      for (int64_t k = first(col); k < end; ++k) {
+        const auto multiply = [&](float* out, bool add, const auto& beside) {
+          multiply_blocks<P>(values.blocks().at(k, 0), P * kBlock, right, P * kBlock, rows, out, kEdge, add, beside);
+        };
+        if constexpr (P == 3) {
+          multiply(products[turn], false, [&] { addition.advance(vectors), pairing.advance(units); });
+          addition.finish();
+          addition.begin(products[turn], sums.block(col, k));
+          turn = 1 - turn;
+        } else {
+          multiply(sums.block(col, k), true, [&] { pairing.advance(units); });
         }
       }
+    }
+    addition.finish();
   }
 
   // kBlockRows rows of 32 numbers.
@@ -392,7 +400,7 @@ class TileLeft {
   }
 
   Blocked<P> blocks_;
-  Buffer<bf16> pairs_;  // of a block of columns
+  Buffer<bf16> pairs_;
 };
 
 #define BYOL_IN_TILES(T)                                \
