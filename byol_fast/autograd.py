@@ -1,9 +1,9 @@
 """The autograd Functions of the three operations.
 
-The training step computes its weight gradients in the forward pass, while a tile of X is in cache, unscaled; the
-backward pass only multiplies them by c = 2·grad_output, last, so that nothing underflows in half precision. Gradients
-of the input and the target, which are as large as the data, wait for the backward pass; for them the forward pass keeps
-the code and its gradient, ``[N, K]`` each.
+The training step computes its weight gradients in the forward pass, while a tile of X is in cache; the backward pass
+only multiplies them by grad_output. Gradients of the input and the target, which are as large as the data, wait for the
+backward pass; for them the forward pass keeps the code and its gradient, ``[N, K]`` each, unscaled, so that nothing
+underflows in half precision.
 
 The backward pass of each Function is a Function too: the first derivatives come from kernels, their own derivatives
 (double backward) from the reference, which autograd differentiates to any order.
@@ -36,35 +36,40 @@ def bottleneck(input: Tensor, weights: Weights, activation: str, residual: bool,
     """``decode(f(encode(input)))`` of a matrix ``[N, D]``: ``[N, Dₒ]`` in its dtype."""
     tensors = (input, *weights)
     needs = _needs(*tensors)
-    if not any(needs):
-        return ops.bottleneck(*tensors, activation, residual, False, backend)[0]
-    # Only the decoder bias' gradient can do without the code.
-    output: Tensor = _apply(_Bottleneck, *tensors, activation, residual, any(needs[:4]), backend)[0]
+    if any(needs):
+        results = _apply(_Bottleneck, *tensors, activation, residual, backend)
+    else:
+        results = ops.bottleneck(*tensors, activation, residual, False, backend)
+    output: Tensor = results[0]
     return output
 
 
-def bottleneck_squared_error(
-    input: Tensor, target: Tensor | None, weights: Weights, activation: str, backend: str
+def bottleneck_mse_loss(
+    input: Tensor, target: Tensor | None, weights: Weights, activation: str, reduction: str, backend: str
 ) -> Tensor:
-    """Σ (decode(f(encode(input))) − target)², 0-dim, in the accumulation dtype; the target is the input if None."""
+    """Mean or sum of (decode(f(encode(input))) − target)², 0-dim, in the accumulation dtype; no target: the input."""
     tensors = (input, target, *weights)
     needs = _needs(*tensors)
-    if not any(needs):
-        return ops.step(*tensors, activation, needs[2:], False, backend)[0]
-    total: Tensor = _apply(_BottleneckSquaredError, *tensors, activation, needs, backend)[0]
-    return total
+    if any(needs):
+        results = _apply(_Step, *tensors, activation, reduction, needs, backend)
+    else:
+        results = ops.step(*tensors, activation, reduction, needs[2:], False, backend)
+    loss: Tensor = results[0]
+    return loss
 
 
-def sparse_bottleneck_squared_error(
-    csr: tuple[Tensor, Tensor, Tensor], weights: Weights, activation: str, backend: str
+def sparse_bottleneck_mse_loss(
+    csr: tuple[Tensor, Tensor, Tensor], weights: Weights, activation: str, reduction: str, backend: str
 ) -> Tensor:
-    """:func:`bottleneck_squared_error` of an input in CSR form, which is its own target and has no gradient."""
+    """:func:`bottleneck_mse_loss` of an input in CSR form, which is its own target and has no gradient."""
     tensors = (*csr, *weights)
     needs = _needs(*tensors)
-    if not any(needs):
-        return ops.sparse_step(*tensors, activation, needs[3:], backend)[0]
-    total: Tensor = _apply(_SparseSquaredError, *tensors, activation, needs, backend)[0]
-    return total
+    if any(needs):
+        results = _apply(_SparseStep, *tensors, activation, reduction, needs, backend)
+    else:
+        results = ops.sparse_step(*tensors, activation, reduction, needs[3:], backend)
+    loss: Tensor = results[0]
+    return loss
 
 
 def _needs(*tensors: Tensor | None) -> list[bool]:
@@ -89,9 +94,28 @@ def _backward(function: type[_Kernel], grad: Tensor, *args: Any) -> tuple[Tensor
     return gradients
 
 
-def _scaled(gradient: Tensor, scale: Tensor, like: Tensor | None, needed: bool) -> Tensor | None:
-    """``scale·gradient`` in the dtype of the tensor it belongs to: the one place where c is applied to weights."""
-    return (gradient * scale).to(like.dtype) if needed and like is not None else None
+def _multiplied(
+    gradients: Sequence[Tensor], grad: Tensor, likes: _OptionalTensors, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """``grad·gradient`` in the dtype of the tensor it belongs to, None where it is not needed.
+
+    When nobody can ask for them again, the gradients are multiplied where they are.
+    """
+    wanted = [need and like is not None for like, need in zip(likes, needs, strict=True)]
+    chosen = [gradient for gradient, want in zip(gradients, wanted, strict=True) if want]
+    if ops.is_watched(grad) or torch._C._autograd._get_current_graph_task_keep_graph():
+        chosen = [gradient * grad for gradient in chosen]
+    elif chosen:
+        torch._foreach_mul_(chosen, grad)
+    products = iter(chosen)
+    return [
+        _as(next(products), like.dtype) if want and like is not None else None
+        for like, want in zip(likes, wanted, strict=True)
+    ]
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 class _Kernel(torch.autograd.Function):
@@ -181,11 +205,12 @@ def _reference_squared_error(input: Tensor, target: Tensor) -> Tensor:
 class _Bottleneck(_Kernel):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return tuple(ops.bottleneck(*args))
+        *others, backend = args
+        return tuple(ops.bottleneck(*others, True, backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.activation, ctx.residual, _, ctx.backend = inputs
+        *tensors, ctx.activation, ctx.residual, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*tensors, output[1])
 
@@ -194,7 +219,7 @@ class _Bottleneck(_Kernel):
         *tensors, code = ctx.saved_tensors
         needs = ctx.needs_input_grad[:5]
         options = (ctx.activation, ctx.residual, needs, ctx.backend)
-        return *_backward(_BottleneckBackward, grad, *tensors, code, *options), None, None, None, None
+        return *_backward(_BottleneckBackward, grad, *tensors, code, *options), None, None, None
 
 
 class _BottleneckBackward(_Kernel):
@@ -220,42 +245,43 @@ class _BottleneckBackward(_Kernel):
         return *gradients, None, None, None, None, None
 
 
-# ------------------------------------------------------------------------- squared error of a bottleneck: the step
+# ----------------------------------------------------------------------------------------------- the training step
 
 
-class _BottleneckSquaredError(_Kernel):
+class _Step(_Kernel):
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        *tensors, activation, needs, backend = args
-        return tuple(ops.step(*tensors, activation, needs[2:], any(needs[:2]), backend))
+    def forward(*args: Any) -> tuple[Tensor | None, ...]:
+        *tensors, activation, reduction, needs, backend = args
+        return tuple(ops.step(*tensors, activation, reduction, needs[2:], any(needs[:2]), backend))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.activation, ctx.needs, ctx.backend = inputs
-        ctx.mark_non_differentiable(*output[1:])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        *tensors, ctx.activation, ctx.reduction, ctx.needs, ctx.backend = inputs
+        ctx.mark_non_differentiable(*(result for result in output[1:] if result is not None))
         ctx.save_for_backward(*tensors, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
-        options = (ctx.activation, ctx.needs, ctx.backend)
-        return *_backward(_BottleneckSquaredErrorBackward, grad, *ctx.saved_tensors, *options), None, None, None
+        options = (ctx.activation, ctx.reduction, ctx.needs, ctx.backend)
+        return *_backward(_StepBackward, grad, *ctx.saved_tensors, *options), None, None, None, None
 
 
-class _BottleneckSquaredErrorBackward(_Kernel):
+class _StepBackward(_Kernel):
     @staticmethod
     def forward(grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
         tensors, gradients, (code, code_gradient) = args[:6], args[6:10], args[10:12]
-        _, needs, backend = args[12:]
-        scale = 2 * grad
-        weights = [_scaled(*pair) for pair in zip(gradients, [scale] * 4, tensors[2:], needs[2:], strict=True)]
+        _, reduction, needs, backend = args[12:]
+        weights = _multiplied(gradients, grad, tensors[2:], needs[2:])
         if not any(needs[:2]):
             return None, None, *weights
+        count = tensors[0].shape[0] * Weights(*tensors[2:]).out_features
+        scale = 2 * grad / count if reduction == "mean" else 2 * grad
         data = ops.step_input_gradients(*tensors, code, code_gradient, scale, needs[:2], backend)
         return *(result if need else None for result, need in zip(data, needs[:2], strict=True)), *weights
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.activation, ctx.needs, _ = inputs[13:]
+        ctx.activation, ctx.reduction, ctx.needs, _ = inputs[13:]
         ctx.save_for_backward(*inputs[:7])
 
     @staticmethod
@@ -264,43 +290,42 @@ class _BottleneckSquaredErrorBackward(_Kernel):
 
         def function(input: Tensor, target: Tensor | None, *weights: Any) -> Tensor:
             return reference.bottleneck_mse_loss(
-                input, *weights, target=target, activation=ctx.activation, reduction="sum"
+                input, *weights, target=target, activation=ctx.activation, reduction=ctx.reduction
             )
 
-        return *_second_order(function, inputs, ctx.needs, grad, cotangents), *[None] * 9
+        return *_second_order(function, inputs, ctx.needs, grad, cotangents), *[None] * 10
 
 
 # ----------------------------------------------------------------------------------- the step of a sparse input
 
 
-class _SparseSquaredError(_Kernel):
+class _SparseStep(_Kernel):
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        *tensors, activation, needs, backend = args
-        return tuple(ops.sparse_step(*tensors, activation, needs[3:], backend))
+    def forward(*args: Any) -> tuple[Tensor | None, ...]:
+        *tensors, activation, reduction, needs, backend = args
+        return tuple(ops.sparse_step(*tensors, activation, reduction, needs[3:], backend))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.activation, ctx.needs, ctx.backend = inputs
-        ctx.mark_non_differentiable(*output[1:])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        *tensors, ctx.activation, ctx.reduction, ctx.needs, _ = inputs
+        ctx.mark_non_differentiable(*(result for result in output[1:] if result is not None))
         ctx.save_for_backward(*tensors, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
-        gradients = _backward(_SparseSquaredErrorBackward, grad, *ctx.saved_tensors, ctx.activation, ctx.needs)
-        return *gradients, None, None, None
+        options = (ctx.activation, ctx.reduction, ctx.needs)
+        return *_backward(_SparseStepBackward, grad, *ctx.saved_tensors, *options), None, None, None, None
 
 
-class _SparseSquaredErrorBackward(_Kernel):
+class _SparseStepBackward(_Kernel):
     @staticmethod
     def forward(grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-        tensors, gradients, needs = args[:7], args[7:11], args[12]
-        weights = [_scaled(*pair) for pair in zip(gradients, [2 * grad] * 4, tensors[3:], needs[3:], strict=True)]
-        return None, None, None, *weights
+        tensors, gradients, needs = args[:7], args[7:11], args[13]
+        return None, None, None, *_multiplied(gradients, grad, tensors[3:], needs[3:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.activation, ctx.needs = inputs[12:]
+        ctx.activation, ctx.reduction, ctx.needs = inputs[12:]
         ctx.save_for_backward(*inputs[:8])
 
     @staticmethod
@@ -310,7 +335,7 @@ class _SparseSquaredErrorBackward(_Kernel):
         input = torch.sparse_csr_tensor(row_starts, columns, values, size).to_dense()
 
         def function(*weights: Any) -> Tensor:
-            return reference.bottleneck_mse_loss(input, *weights, activation=ctx.activation, reduction="sum")
+            return reference.bottleneck_mse_loss(input, *weights, activation=ctx.activation, reduction=ctx.reduction)
 
         grad_of_grad, *second = _second_order(function, weights, ctx.needs[3:], grad, cotangents[3:])
-        return grad_of_grad, None, None, None, *second, *[None] * 6
+        return grad_of_grad, None, None, None, *second, *[None] * 7

@@ -78,7 +78,9 @@ def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean", weight: Ten
     if backend == "reference":
         return reference.mse_loss(input, target, reduction)
     loss_dtype = dtype if autocast_dtype(input) is None else torch.promote_types(dtype, torch.float32)
-    return _reduced(autograd.squared_error(input, target, backend), reduction, input.numel(), loss_dtype)
+    total = autograd.squared_error(input, target, backend)
+    loss = total / input.numel() if reduction == "mean" else total
+    return loss if loss.dtype == loss_dtype else loss.to(loss_dtype)
 
 
 def bottleneck(
@@ -182,12 +184,13 @@ def bottleneck_mse_loss(
     loss_dtype = input.dtype if autocast_dtype(input) is None else torch.promote_types(input.dtype, torch.float32)
     tensors = tensors.cast()
     if is_sparse(tensors.input):
-        total = _sparse_squared_error(tensors.input, tensors.weights(), activation, backend)
+        loss: Tensor = _sparse_loss(tensors.input, tensors.weights(), activation, reduction, backend)
     else:
         goal = None if tensors.target is None else _matrix(tensors.target)
-        total = autograd.bottleneck_squared_error(_matrix(tensors.input), goal, tensors.weights(), activation, backend)
-    count = input.numel() // tensors.in_features * tensors.out_features
-    return _reduced(total, reduction, count, loss_dtype)
+        loss = autograd.bottleneck_mse_loss(
+            _matrix(tensors.input), goal, tensors.weights(), activation, reduction, backend
+        )
+    return loss if loss.dtype == loss_dtype else loss.to(loss_dtype)
 
 
 def _small_bottleneck(
@@ -257,16 +260,11 @@ def _is_empty(call: Call) -> bool:
 
 # The compiler cannot trace into sparse tensors.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _sparse_squared_error(matrix: Tensor, weights: Weights, activation: str, backend: str) -> Tensor:
+def _sparse_loss(matrix: Tensor, weights: Weights, activation: str, reduction: str, backend: str) -> Tensor:
     csr = matrix.to_sparse_csr() if matrix.layout == torch.sparse_coo else matrix
     parts = (csr.crow_indices().long(), csr.col_indices().long(), csr.values())
-    return autograd.sparse_bottleneck_squared_error(parts, weights, activation, backend)
+    return autograd.sparse_bottleneck_mse_loss(parts, weights, activation, reduction, backend)
 
 
 def _matrix(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
-def _reduced(total: Tensor, reduction: str, count: int, dtype: torch.dtype) -> Tensor:
-    result = total / count if reduction == "mean" else total
-    return result if result.dtype == dtype else result.to(dtype)
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])

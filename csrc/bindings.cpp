@@ -53,7 +53,7 @@ void set_layer(byol::LayerArgs& args, int dtype, int activation, int threads, co
   args.decoder_bias = at(decoder_bias);
 }
 
-// A sum of squares in the accumulation type; rounding may have left it just below zero. NaN stays NaN.
+// A multiple of a sum of squares in the accumulation type; rounding may have left it just below zero. NaN stays NaN.
 void store_total(Address out, byol::DType dtype, double total) {
   if (total < 0) total = 0;
   if (dtype == byol::DType::f64) {
@@ -121,27 +121,29 @@ void backward(int dtype, int activation, int threads, const Sizes& sizes, const 
 
 void step(int dtype, int activation, int threads, const Sizes& sizes, const PyMatrix& input,
             const PyMatrix& encoder_weight, const PyMatrix& decoder_weight, Address encoder_bias, Address decoder_bias,
-            int form, const PyMatrix& target, Address total, const std::array<Address, 4>& d_weights, Address code,
+            int form, double scale, const PyMatrix& target, Address total, const std::array<Address, 4>& d_weights, Address code,
             Address code_gradient) {
   byol::StepArgs args{};
   set_layer(args, dtype, activation, threads, sizes, input, encoder_weight, decoder_weight, encoder_bias, decoder_bias);
   args.form = byol::Form(form);
+  args.scale = scale;
   args.target = matrix(target);
   args.d_encoder_weight = at(d_weights[0]), args.d_decoder_weight = at(d_weights[1]);
   args.d_encoder_bias = at(d_weights[2]), args.d_decoder_bias = at(d_weights[3]);
   args.code = at(code), args.code_gradient = at(code_gradient);
   const byol::KernelTable& kernels = byol::kernels();
   py::gil_scoped_release unlocked;
-  store_total(total, args.dtype, kernels.step(args));
+  store_total(total, args.dtype, scale * kernels.step(args));
 }
 
 // Returns Σ R² and what it is compared with, too.
 std::pair<double, double> sparse_step(int dtype, int activation, int threads, const Sizes& sizes, Address row_starts,
                                       Address columns, Address values, const PyMatrix& encoder_weight,
                                       const PyMatrix& decoder_weight, Address encoder_bias, Address decoder_bias,
-                                      Address total, const std::array<Address, 4>& d_weights) {
+                                      double scale, Address total, const std::array<Address, 4>& d_weights) {
   byol::SparseArgs args{};
   set_layer(args, dtype, activation, threads, sizes, {}, encoder_weight, decoder_weight, encoder_bias, decoder_bias);
+  args.scale = scale;
   args.row_starts = static_cast<const int64_t*>(at(row_starts));
   args.columns = static_cast<const int64_t*>(at(columns));
   args.values = at(values);
@@ -150,7 +152,7 @@ std::pair<double, double> sparse_step(int dtype, int activation, int threads, co
   const byol::KernelTable& kernels = byol::kernels();
   py::gil_scoped_release unlocked;
   const byol::SparseSums sums = kernels.sparse_step(args);
-  store_total(total, args.dtype, sums.squared_error);
+  store_total(total, args.dtype, scale * sums.squared_error);
   return {sums.squared_error, sums.energy};
 }
 

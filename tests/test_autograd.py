@@ -162,6 +162,29 @@ def test_native_forward_keeps_what_the_needed_gradients_want() -> None:
     assert saved_numbers(("input",), operands) <= 2 * rows * rank + slack
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_kept_graph_gives_its_gradients_again(backend: str, tied: bool) -> None:
+    """Gradients are multiplied in place, but not where another backward pass may ask for them."""
+    operands = double_operands(tied, False)
+    tensors = tuple(operands.present().values())
+    loss = operands.call(bf.bottleneck_mse_loss)
+    first = torch.autograd.grad(3 * loss, tensors, retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    for gradient in first:
+        gradient.zero_()
+    for second, expected in zip(torch.autograd.grad(3 * loss, tensors), kept, strict=True):
+        assert torch.equal(second, expected)
+
+
+def test_gradients_accumulate(backend: str) -> None:
+    operands = double_operands(False, False)
+    for factor in (1.0, 2.0):
+        (factor * operands.call(bf.bottleneck_mse_loss)).backward()
+    once = torch.autograd.grad(operands.call(bf.bottleneck_mse_loss), tuple(operands.present().values()))
+    for tensor, gradient in zip(operands.present().values(), once, strict=True):
+        torch.testing.assert_close(tensor.grad, 3 * gradient)
+
+
 def test_torch_func(backend: str) -> None:
     operands = make_operands(8, 5, 3, dtype=torch.float64)
     x, decoder = operands.input, operands.decoder_weight

@@ -88,13 +88,13 @@ def samples(requires_grad: bool = False) -> dict[str, list[tuple[object, ...]]]:
             (o.input, o.input, *tied, u, "gelu", True, [True, True, False, False, True], "native"),
         ],
         "step": [
-            (o.input, o.target, *weights, "silu", [True] * 4, True, "native"),
-            (itself.input, None, *own, "identity", [True, False, True, False], False, "native"),
-            (o.input, None, *tied, "identity", [True, False, False, False], False, "native"),
+            (o.input, o.target, *weights, "silu", "mean", [True] * 4, True, "native"),
+            (itself.input, None, *own, "identity", "sum", [True, False, True, False], False, "native"),
+            (o.input, None, *tied, "identity", "mean", [True, False, False, False], False, "native"),
         ],
         "sparse_step": [
-            (*rows, *own, "identity", [True] * 4, "native"),
-            (*rows, *tied, "relu", [True] + [False] * 3, "native"),
+            (*rows, *own, "identity", "mean", [True] * 4, "native"),
+            (*rows, *tied, "relu", "sum", [True] + [False] * 3, "native"),
         ],
         "step_input_gradients": [
             (o.input, o.target, *weights, u, u, scale, [True, True], "native"),

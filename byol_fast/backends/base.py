@@ -1,8 +1,8 @@
 """What a backend offers: a name, a reason when it cannot run, and seven kernels.
 
 Shapes: input ``[N, D]``, target ``[N, Dₒ]`` and :class:`Weights`, all of one dtype and device, any strides. Sums, codes
-and gradients leave a kernel unscaled in the accumulation dtype (:func:`accumulation_dtype`); the scale and the cast to
-the user's dtype come last. A result that was not asked for is None.
+and gradients of weights leave a kernel in the accumulation dtype (:func:`accumulation_dtype`), those of a step already
+scaled; the cast to the user's dtype comes last. A result that was not asked for is None.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Weights(NamedTuple):
     @property
     def out_features(self) -> int:
         """Dₒ."""
-        return self.full_decoder.shape[0]
+        return self.encoder.shape[1] if self.decoder is None else self.decoder.shape[0]
 
     @property
     def full_decoder(self) -> Tensor:
@@ -136,8 +136,12 @@ class Kernels(Backend, Protocol):
         activation: str,
         needs: Sequence[bool],
         save_codes: bool,
+        scale: float,
     ) -> list[Tensor | None]:
-        """Σ R², the gradients of ½ Σ R² to the weights, Z and dU."""
+        """``scale·Σ R²``, its gradients to the weights, Z and dU; dU is the gradient of ½ Σ R², unscaled.
+
+        In half precision a scaled dU would underflow. So the scale is applied last, to the sums over rows.
+        """
 
     def sparse_step(
         self,
@@ -145,8 +149,9 @@ class Kernels(Backend, Protocol):
         weights: Weights,
         activation: str,
         needs: Sequence[bool],
+        scale: float,
     ) -> list[Tensor | None]:
-        """Like :meth:`step` without a target, for an input in CSR form: Σ R² and the four gradients.
+        """Like :meth:`step` without a target, for an input in CSR form: ``scale·Σ R²`` and the four gradients.
 
         ``csr``: row_starts ``[N + 1]`` and columns ``[nnz]``, int64, and values ``[nnz]`` in the dtype of the weights.
         """
@@ -170,6 +175,7 @@ def dense_blocks(
     weights: Weights,
     activation: str,
     needs: Sequence[bool],
+    scale: float,
     rows: int,
 ) -> list[Tensor | None]:
     """:meth:`Kernels.sparse_step` by :meth:`Kernels.step`, making so many ``rows`` dense at a time."""
@@ -182,9 +188,18 @@ def dense_blocks(
         indices = torch.repeat_interleave(torch.arange(count, device=values.device), starts.diff())
         block = values.new_zeros(count, weights.in_features)
         block.index_put_((indices, columns[stored]), values[stored], accumulate=True)
-        parts = step(block, None, weights, activation, needs, False)[:5]
+        parts = step(block, None, weights, activation, needs, False, scale)[:5]
         sums = [part if not sums or part is None else sums[i] + part for i, part in enumerate(parts)]  # type: ignore[operator]
     return sums
+
+
+def scaled(results: Sequence[Tensor | None], scale: float) -> list[Tensor | None]:
+    """What :meth:`Kernels.step` returns, of Σ R² and the gradients of ½ Σ R², which are overwritten, and more."""
+    for some, factor in ((results[:1], scale), (results[1:5], 2 * scale)):
+        present = [result for result in some if result is not None]
+        if present:
+            torch._foreach_mul_(present, factor)
+    return list(results)
 
 
 # Rounding the code and its gradient to bfloat16, as eager does, does not average out over fewer rows than this.

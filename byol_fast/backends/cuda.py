@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Call, Weights, accumulation_dtype, few_rows_as_float, step_dtype
+from .base import Call, Weights, accumulation_dtype, few_rows_as_float, scaled, step_dtype
 from .layout import collapse
 from .native import (
     _ABSENT,
@@ -200,6 +200,7 @@ class Cuda:
         activation: str,
         needs: Sequence[bool],
         save_codes: bool,
+        scale: float,
     ) -> list[Tensor | None]:
         input, target, weights = few_rows_as_float(input, target, weights)
         input, target, weights = _rows(input), _optional_rows(target), _weight_rows(weights)
@@ -223,7 +224,7 @@ class Cuda:
             _address(code),
             _address(code_gradient),
         )
-        return [total, *d_weights, code, code_gradient]
+        return scaled([total, *d_weights, code, code_gradient], scale)
 
     def sparse_step(
         self,
@@ -231,9 +232,10 @@ class Cuda:
         weights: Weights,
         activation: str,
         needs: Sequence[bool],
+        scale: float,
     ) -> list[Tensor | None]:
         dense = torch.sparse_csr_tensor(*csr, (csr[0].numel() - 1, weights.in_features)).to_dense()
-        return self.step(dense, None, weights, activation, needs, False)[:5]
+        return self.step(dense, None, weights, activation, needs, False, scale)[:5]
 
     def step_input_gradients(
         self,

@@ -17,7 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import ACTIVATIONS
-from .base import Call, Weights, accumulation_dtype, dense_blocks, few_rows_as_float, step_dtype, tf32_allowed
+from .base import (
+    Call,
+    Weights,
+    accumulation_dtype,
+    dense_blocks,
+    few_rows_as_float,
+    scaled,
+    step_dtype,
+    tf32_allowed,
+)
 
 _DIRECT_BELOW = {torch.float32: 4e-3, torch.float64: 1e-3}
 _HALF = (torch.bfloat16, torch.float16)
@@ -124,13 +133,14 @@ class Gram:
         activation: str,
         needs: Sequence[bool],
         save_codes: bool,
+        scale: float,
     ) -> list[Tensor | None]:
         step = _Step(activation, *few_rows_as_float(input, target, weights))
         total, gradients = step.run(any(needs) or save_codes)
         tied_needs = (needs[0], needs[1] and weights.decoder is not None, *needs[2:])
         wanted = [g if need else None for g, need in zip(gradients, tied_needs, strict=True)]
         codes = [step.code, step.slope] if save_codes else [None, None]
-        return [total, *wanted, *codes]
+        return scaled([total, *wanted, *codes], scale)
 
     def sparse_step(
         self,
@@ -138,8 +148,9 @@ class Gram:
         weights: Weights,
         activation: str,
         needs: Sequence[bool],
+        scale: float,
     ) -> list[Tensor | None]:
-        return dense_blocks(self.step, csr, weights, activation, needs, rows=4096)
+        return dense_blocks(self.step, csr, weights, activation, needs, scale, rows=4096)
 
     def step_input_gradients(
         self,

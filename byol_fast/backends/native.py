@@ -175,6 +175,7 @@ class Native:
         activation: str,
         needs: Sequence[bool],
         save_codes: bool,
+        scale: float,
         form: str = "auto",
     ) -> list[Tensor | None]:
         input, target, weights = few_rows_as_float(input, target, weights)
@@ -194,6 +195,7 @@ class Native:
             _at(input),
             *_addresses(weights),
             _FORMS[form],
+            scale,
             _at(target),
             total.data_ptr(),
             [_address(gradient) for gradient in d_weights],
@@ -208,6 +210,7 @@ class Native:
         weights: Weights,
         activation: str,
         needs: Sequence[bool],
+        scale: float,
     ) -> list[Tensor | None]:
         row_starts, columns, values = (part.contiguous() for part in csr)
         weights = _weight_rows(weights)
@@ -223,12 +226,13 @@ class Native:
             columns.data_ptr(),
             values.data_ptr(),
             *_addresses(weights),
+            scale,
             total.data_ptr(),
             [_address(gradient) for gradient in d_weights],
         )
         if squared_error < _DIRECT_BELOW.get(values.dtype, 0.0) * energy:
             # The residual is so small that the Gram form cancels.
-            return dense_blocks(self.step, csr, weights, activation, needs, _DENSE_ROWS)
+            return dense_blocks(self.step, csr, weights, activation, needs, scale, _DENSE_ROWS)
         return [total, *d_weights]
 
     def step_input_gradients(
@@ -324,7 +328,11 @@ def _optional_rows(matrix: Tensor | None) -> Tensor | None:
 def _weight_rows(weights: Weights) -> Weights:
     """The weights, contiguous as a kernel wants them."""
     encoder, decoder, *biases = weights
-    return Weights(_rows(encoder), _optional_rows(decoder), *(b if b is None else b.contiguous() for b in biases))
+    return Weights(_rows(encoder), _optional_rows(decoder), *(_contiguous(bias) for bias in biases))
+
+
+def _contiguous(bias: Tensor | None) -> Tensor | None:
+    return bias if bias is None or bias.is_contiguous() else bias.contiguous()
 
 
 def _at(matrix: Tensor | None) -> tuple[int, int]:

@@ -57,6 +57,7 @@ struct BackwardArgs : LayerArgs {
 
 struct StepArgs : LayerArgs {
   Form form;
+  double scale;   // of Σ R²; of the gradients of ½ Σ R², twice that
   Matrix target;  // absent: the input
   void *d_encoder_weight, *d_decoder_weight, *d_encoder_bias, *d_decoder_bias;
   void *code, *code_gradient;  // [rows, rank] or null
@@ -64,6 +65,7 @@ struct StepArgs : LayerArgs {
 
 // X in CSR form; `input` and `out_features` are not used, the target is X.
 struct SparseArgs : LayerArgs {
+  double scale;  // as in StepArgs
   const int64_t *row_starts, *columns;
   const void* values;
   void *d_encoder_weight, *d_decoder_weight, *d_encoder_bias, *d_decoder_bias;

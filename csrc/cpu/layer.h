@@ -288,19 +288,18 @@ class Backward {
   // Rows first … first + count of dWe; tied: of the sum of both roles.
   void encoder_gradient(Worker* workers, int64_t first, int64_t count) const {
     S* out = static_cast<S*>(args.d_encoder_weight) + first * args.in_features;
-    std::memset(out, 0, count * args.in_features * sizeof(S));
     const Region region{0, args.in_features, first, count};
     for (int i = 0; i < threads; ++i) {
-      workers[i].encoder_sums.add_columns(out, args.in_features, region);
-      if (tied) workers[i].decoder_sums.add_columns(out, args.in_features, region);
+      workers[i].encoder_sums.add_columns(out, args.in_features, region, 1, i > 0 ? Into::add : Into::store);
+      if (tied) workers[i].decoder_sums.add_columns(out, args.in_features, region, 1);
     }
   }
 
   // Rows first … first + count of dWd.
   void decoder_gradient(Worker* workers, int64_t first, int64_t count) const {
     S* out = static_cast<S*>(args.d_decoder_weight) + first * K;
-    std::memset(out, 0, count * K * sizeof(S));
-    for (int i = 0; i < threads; ++i) workers[i].decoder_sums.add_rows(out, K, {first, count, 0, K}, 1);
+    const Region region{first, count, 0, K};
+    for (int i = 0; i < threads; ++i) workers[i].decoder_sums.add_rows(out, K, region, 1, i > 0 ? Into::add : Into::store);
   }
 
   const BackwardArgs& args;

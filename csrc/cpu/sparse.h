@@ -1,4 +1,5 @@
-// The training step of a sparse X in CSR form (T is X), without a dense row: Σ R² and the gradients of ½ Σ R².
+// The training step of a sparse X in CSR form (T is X), without a dense row: Σ R² and, times c, the gradients of
+// ½ Σ R².
 //
 //   Q = X Wd − bd Wd,  E = Z G − Q,  Σ R² = Σ A² + Σ Z ⊙ (E − Q),  Σ A² = Σ stored ((x − bd)² − bd²) + N ‖bd‖²
 //   dWe = dUᵀ X,  dWd = Wd (ZᵀZ) − XᵀZ + bd (Σz)ᵀ,  dbe = Σ dU,  dbd = Wd Σz + N bd − Σ x
@@ -62,6 +63,7 @@ class SparseStep {
         threads(int(max(1, min(args.threads, args.rows)))),
         K(args.rank),
         D(args.in_features),
+        c(2 * args.scale),
         width(round_up(tied ? K : 2 * K, kGatherCols<S>)),
         code_stride(round_up(K, kCols<double>)) {}
 
@@ -208,7 +210,7 @@ class SparseStep {
       }
     }
     if (args.d_encoder_bias)
-      for (int64_t k = 0; k < K; ++k) static_cast<S*>(args.d_encoder_bias)[k] = S(workers[0].slope_sum[k]);
+      for (int64_t k = 0; k < K; ++k) static_cast<S*>(args.d_encoder_bias)[k] = S(c * workers[0].slope_sum[k]);
   }
 
   // --------------------------------------------------------------------------------------------------- columns
@@ -274,20 +276,22 @@ class SparseStep {
       const double decoder_part = wants_code ? decoded[k] + bias * sums.code_sum[k] : 0;
       // Tied, V has −Z in it already.
       const double encoder_part = tied ? column[k] + decoder_part : column[K + k];
-      encoded[k] = S(encoder_part);
-      if (args.d_decoder_weight) static_cast<S*>(args.d_decoder_weight)[d * K + k] = S(decoder_part - column[k]);
+      encoded[k] = S(c * encoder_part);
+      if (args.d_decoder_weight) static_cast<S*>(args.d_decoder_weight)[d * K + k] = S(c * (decoder_part - column[k]));
     }
     if (!args.d_decoder_bias) return;
     double sum = double(args.rows) * bias;
     for (int64_t k = 0; k < K; ++k) sum += double(decoder_row(d)[k]) * sums.code_sum[k];
     for (int64_t i = begin; i < end; ++i) sum -= double(column_values[i]);
-    static_cast<S*>(args.d_decoder_bias)[d] = S(sum);
+    static_cast<S*>(args.d_decoder_bias)[d] = S(c * sum);
   }
 
   const SparseArgs& args;
   const bool tied, wants_code;
   const int threads;
-  const int64_t K, D, width, code_stride;
+  const int64_t K, D;
+  const double c;
+  const int64_t width, code_stride;
   double bias_energy = 0;
   Buffer<S> encoder_bias, decoder_bias, weights, values, column_values;
   Buffer<double> bias_code;

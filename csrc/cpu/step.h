@@ -1,4 +1,4 @@
-// The training step: Σ R² of a bottleneck and the gradients of ½ Σ R², X read once, the reconstruction never built.
+// The training step: Σ R² of a bottleneck and, times c, the gradients of ½ Σ R², X read once, the reconstruction never built.
 //
 //   U = X Weᵀ + be,  Z = f(U),  A = T − bd,  R = Z Wdᵀ − A          (T is X when there is no target, Wd = Weᵀ when tied)
 //
@@ -53,6 +53,7 @@ class Step {
         wants_slope(args.d_encoder_weight || args.d_encoder_bias || args.code_gradient),
         threads(useful_threads(args, 2)),
         K(args.rank),
+        c(2 * args.scale),
         weights(args) {}
 
   double run() {
@@ -371,7 +372,7 @@ class Step {
     for (int i = 1; i < threads; ++i)
       for (int64_t k = 0; k < K; ++k) workers[0].slope_sum[k] += workers[i].slope_sum[k];
     if (args.d_encoder_bias)
-      for (int64_t k = 0; k < K; ++k) static_cast<S*>(args.d_encoder_bias)[k] = S(workers[0].slope_sum[k]);
+      for (int64_t k = 0; k < K; ++k) static_cast<S*>(args.d_encoder_bias)[k] = S(c * workers[0].slope_sum[k]);
     Weights<N> code_products;
     if (wants_code) finish_code_products(workers, code_products);
     parallel_for(threads, [&](int thread) { finish_weights(workers, thread, code_products); });
@@ -427,7 +428,7 @@ class Step {
         residual = dot(decoder + d * K, workers[i].code_sum, K) - workers[i].statistics.sum(first + d);
         total += residual + workers[i].direct.residual_sum(first + d);
       }
-      if (args.d_decoder_bias) static_cast<S*>(args.d_decoder_bias)[first + d] = S(total);
+      if (args.d_decoder_bias) static_cast<S*>(args.d_decoder_bias)[first + d] = S(c * total);
     }
   }
 
@@ -449,23 +450,25 @@ class Step {
     if (tied) return;
     S* out = static_cast<S*>(args.d_decoder_weight) + first * K;
     for (int64_t d = 0; d < count; ++d)
-      for (int64_t k = 0; k < K; ++k) out[d * K + k] = S(gradient[d * stride + k]);
+      for (int64_t k = 0; k < K; ++k) out[d * K + k] = S(N(c) * gradient[d * stride + k]);
   }
 
   // Columns first … first + count of dWe = dUᵀX; tied: of the sum of both roles, of which `rows` holds the decoder's.
   template <class N>
   void encoder_gradient(Worker* workers, int64_t first, int64_t count, const N* rows, int64_t stride) const {
     S* out = static_cast<S*>(args.d_encoder_weight) + first;
-    for (int64_t k = 0; k < K; ++k)
-      for (int64_t d = 0; d < count; ++d) out[k * args.in_features + d] = tied ? S(rows[d * stride + k]) : S(0);
+    for (int64_t k = 0; tied && k < K; ++k)
+      for (int64_t d = 0; d < count; ++d) out[k * args.in_features + d] = S(N(c) * rows[d * stride + k]);
     for (int i = 0; i < threads; ++i)
-      workers[i].input_sums.add_columns(out, args.in_features, {first, count, slope_column(), K});
+      workers[i].input_sums.add_columns(out, args.in_features, {first, count, slope_column(), K}, c,
+                                       tied || i > 0 ? Into::add : Into::store);
   }
 
   const StepArgs& args;
   const bool tied, separate, joint, wants_code, wants_slope;
   const int threads;
   const int64_t K;
+  const double c;
   const StepWeights<T> weights;
 };
 

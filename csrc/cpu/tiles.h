@@ -244,14 +244,20 @@ class TileSums {
   float* block(int64_t row, int64_t col) const { return sums_.data() + offset(row, col); }
   void carry() { sums_.carry(); }
   template <class Out>
-  void add_rows(Out* out, int64_t stride, const Region& region, int sign) const {
-    visit_blocks(region, [&](const auto& block, int64_t row, int64_t col) {
-      add_part(transposed(block), row, col, region, out, stride, sign);
+  void add_rows(Out* out, int64_t stride, const Region& region, double factor, Into into = Into::add) const {
+    sums_.visit([&](const auto* numbers) {
+      visit_blocks(numbers, region, [&](const auto& block, int64_t row, int64_t col) {
+        add_part(transposed(block), row, col, region, out, stride, factor, into);
+      });
+      into = Into::add;
     });
   }
-  void add_columns(float* out, int64_t stride, const Region& region) const {
-    visit_blocks(region, [&](const auto& block, int64_t row, int64_t col) {
-      add_part(block, col, row, region.transposed(), out, stride, 1);
+  void add_columns(float* out, int64_t stride, const Region& region, double factor, Into into = Into::add) const {
+    sums_.visit([&](const auto* numbers) {
+      visit_blocks(numbers, region, [&](const auto& block, int64_t row, int64_t col) {
+        add_part(block, col, row, region.transposed(), out, stride, factor, into);
+      });
+      into = Into::add;
     });
   }
 
@@ -260,10 +266,6 @@ class TileSums {
 
   // Calls body(block, row, col) with each block that has a part of the region: its rows are columns from `col` on, its columns
   // rows from `row` on.
-  template <class Body>
-  void visit_blocks(const Region& region, const Body& body) const {
-    sums_.visit([&](const auto* numbers) { visit_blocks(numbers, region, body); });
-  }
   template <class N, class Body>
   void visit_blocks(const N* numbers, const Region& region, const Body& body) const {
     for (int64_t row = region.row / kEdge * kEdge; row < region.row + region.rows; row += kEdge)
@@ -271,14 +273,15 @@ class TileSums {
         body(in_order(numbers + offset(row / kEdge, col / kEdge)), row, col);
   }
 
-  // out += sign · what a block, whose first number is at this row and column, has of the region.
+  // out += factor · what a block, whose first number is at this row and column, has of the region; or = that.
   template <class N, class Out>
-  static void add_part(const Square<N>& block, int64_t row, int64_t col, const Region& region, Out* out, int64_t stride, int sign) {
+  static void add_part(const Square<N>& block, int64_t row, int64_t col, const Region& region, Out* out, int64_t stride,
+                       double factor, Into into) {
     const int64_t first = max(col, region.col), last = min(col + kEdge, region.col + region.cols);
     for (int64_t r = max(row, region.row); r < min(row + kEdge, region.row + region.rows); ++r) {
       const N* from = block.rows[r - row] - col;
       Out* to = out + (r - region.row) * stride - region.col;
-      for (int64_t c = first; c < last; ++c) to[c] += Out(N(sign) * from[c]);
+      for (int64_t c = first; c < last; ++c) to[c] = Out(N(factor) * from[c]) + (into == Into::add ? to[c] : Out(0));
     }
   }
 

@@ -95,31 +95,35 @@ class Sums {
   }
   const Panels<S>& panels() const { return panels_; }
   void carry() { sums_.carry(); }
-  // out[i·stride + j] += sign · the number at row i and column j of the region; nothing when the sums do not exist.
+  // out[i·stride + j] += factor · the number at row i and column j of the region, or = that; nothing when the sums do not exist.
   template <class Out>
-  void add_rows(Out* out, int64_t stride, const Region& region, int sign) const {
+  void add_rows(Out* out, int64_t stride, const Region& region, double factor, Into into = Into::add) const {
     sums_.visit([&](const auto* numbers) {
       for (int64_t i = 0; i < region.rows; ++i)
         for (int64_t j = 0; j < region.cols;) {
           const auto* from = numbers + panels_.offset(region.row + i, region.col + j);
           const int64_t width = min(kCols<S> - (region.col + j) % kCols<S>, region.cols - j);
-          Out* to = out + i * stride + j;
-          for (int64_t c = 0; c < width; ++c) to[c] += Out(sign * from[c]);
+          put(out + i * stride + j, from, 1, width, factor, into);
           j += width;
         }
+      into = Into::add;
     });
   }
-  // out[j·stride + i] += the number at row i and column j of the region.
-  void add_columns(S* out, int64_t stride, const Region& region) const {
+  // The same with out[j·stride + i].
+  void add_columns(S* out, int64_t stride, const Region& region, double factor, Into into = Into::add) const {
     sums_.visit([&](const auto* numbers) {
-      for (int64_t j = 0; j < region.cols; ++j) {
-        const auto* from = numbers + panels_.offset(region.row, region.col + j);
-        for (int64_t i = 0; i < region.rows; ++i) out[j * stride + i] += S(from[i * kCols<S>]);
-      }
+      for (int64_t j = 0; j < region.cols; ++j)
+        put(out + j * stride, numbers + panels_.offset(region.row, region.col + j), kCols<S>, region.rows, factor, into);
+      into = Into::add;
     });
   }
 
  private:
+  template <class N, class Out>
+  static void put(Out* out, const N* from, int64_t step, int64_t count, double factor, Into into) {
+    for (int64_t i = 0; i < count; ++i) out[i] = Out(N(factor) * from[i * step]) + (into == Into::add ? out[i] : Out(0));
+  }
+
   RowSums<S> sums_;
   Panels<S> panels_{};
 };

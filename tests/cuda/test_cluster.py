@@ -163,7 +163,7 @@ def test_sums_begin_afresh_every_4096_rows(
     weights = Weights(*(getattr(operands, name) for name in Operands.NAMES[1:5]))
 
     def encoder_gradient(rows: torch.Tensor) -> torch.Tensor:
-        gradient = emulated.step(rows, None, weights, "identity", (True, False, False, False), False)[1]
+        gradient = emulated.step(rows, None, weights, "identity", (True, False, False, False), False, 1.0)[1]
         assert gradient is not None
         return gradient
 

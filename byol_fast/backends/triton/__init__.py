@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import verified
-from ..base import Call, Weights, few_rows_as_float, step_dtype, tf32_allowed
+from ..base import Call, Weights, few_rows_as_float, scaled, step_dtype, tf32_allowed
 from ..gram import Gram
 from . import tune
 from .config import MAX_RANK
@@ -163,15 +163,16 @@ class Triton:
         activation: str,
         needs: Sequence[bool],
         save_codes: bool,
+        scale: float,
     ) -> list[Tensor | None]:
         if not _fits(input, weights):
-            return self._gram.step(input, target, weights, activation, needs, save_codes)
+            return self._gram.step(input, target, weights, activation, needs, save_codes, scale)
         launch = _kernels()
         with launch.on_device(input):
             input, target, weights = few_rows_as_float(input, target, weights)
             more = (target, *weights, activation, any(needs), save_codes)
             results = tune.run(launch.step, ("encode", "collect"), input, weights.rank, *more)
-        return _wanted(results, (True, *needs, save_codes, save_codes))
+        return scaled(_wanted(results, (True, *needs, save_codes, save_codes)), scale)
 
     def sparse_step(
         self,
@@ -179,8 +180,9 @@ class Triton:
         weights: Weights,
         activation: str,
         needs: Sequence[bool],
+        scale: float,
     ) -> list[Tensor | None]:
-        return self._gram.sparse_step(csr, weights, activation, needs)
+        return self._gram.sparse_step(csr, weights, activation, needs, scale)
 
     def step_input_gradients(
         self,
