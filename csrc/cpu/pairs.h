@@ -76,12 +76,23 @@ class Weights<bf16> {
   void allocate(int64_t rows, int64_t cols) { data_.allocate(round_up(rows, kTileRows) / 2 * round_up(cols, C)); }
   void shape(int64_t rows, int64_t cols) {
     rows_ = rows, cols_ = cols, pairs_ = round_up(rows, kTileRows) / 2;
-    // The padding stays zero, for `put` writes what is inside.
+    // The padding stays zero, for only what is inside will be written.
     std::memset(data_, 0, pairs_ * padded_cols() * sizeof(Pair));
   }
+  template <class U>
+  void load(int64_t first, const View<U>& left, const View<U>* right = nullptr) {
+    put(left, 0, first);
+    if (right) put(*right, left.cols, first);
+  }
+  int64_t cols() const { return cols_; }
+  int64_t padded_cols() const { return round_up(cols_, C); }
+  int64_t panel_count() const { return padded_cols() / C; }
+  const Pair* panel(int64_t index, int64_t first_pair) const { return data_ + (index * pairs_ + first_pair) * C; }
+
+ protected:
   // `row` is even.
   template <class U>
-  void put(const View<U>& source, int64_t col = 0, int64_t row = 0) {
+  void put(const View<U>& source, int64_t col, int64_t row) {
     if (source.col_stride == 1) {
       for (int64_t r = 0; r < source.rows; r += 2)
         put_rows(source.row(r), r + 1 < source.rows ? source.row(r + 1) : nullptr, (row + r) / 2, source.cols, col);
@@ -90,12 +101,6 @@ class Weights<bf16> {
         put_column(source.data + j * source.col_stride, source.row_stride, source.rows, col + j, row / 2);
     }
   }
-  void pad() {}
-  void pad(int64_t, int64_t) {}
-  int64_t cols() const { return cols_; }
-  int64_t padded_cols() const { return round_up(cols_, C); }
-  int64_t panel_count() const { return padded_cols() / C; }
-  const Pair* panel(int64_t index, int64_t first_pair) const { return data_ + (index * pairs_ + first_pair) * C; }
 
  private:
   static constexpr int C = kCols<float>;
@@ -124,7 +129,14 @@ class Weights<bf16> {
 };
 
 template <>
-class Values<bf16> : public Weights<bf16> {};
+class Values<bf16> : public Weights<bf16> {
+ public:
+  template <class U>
+  void put(const View<U>& source, int64_t col = 0) {
+    Weights<bf16>::put(source, col, 0);
+  }
+  void pad() {}
+};
 
 template <>
 class Left<bf16> {

@@ -120,8 +120,7 @@ class SparseStep {
            for (int64_t strip = first; strip < first + count; strip += kStrip)
              copy_weights(encoder, decoder, strip, min(strip + kStrip, first + count));
          });
-    gram_weights.allocate(K, K);
-    fill(gram_weights, View<double>{products, K, 1, K, K});
+    load_weights(gram_weights, View<double>{products, K, 1, K, K});
   }
 
   // Rows first … last of [Weᵀ, Wd], zeros after it.

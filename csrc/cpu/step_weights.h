@@ -48,9 +48,8 @@ struct StepWeights {
   void load_rows(Weights<T>& to, int64_t first, int64_t count, const View<T>& one, const View<T>* other) const {
     count = min(count, one.rows - first);
     if (count <= 0) return;
-    to.put(one.slice(first, count), 0, first);
-    if (other) to.put(other->slice(first, count), K, first);
-    to.pad(first, count);
+    const View<T> rows = other ? other->slice(first, count) : View<T>{};
+    to.load(first, one.slice(first, count), other ? &rows : nullptr);
   }
 
   void round_gram(const double* products) {

@@ -40,9 +40,9 @@ class Staged {
     if (rows != rows_ || cols != cols_) std::memset(data_, 0, rows_ * cols_ * sizeof(float));
   }
   template <class U>
-  void put(const View<U>& source, int64_t col, int64_t row) {
+  void put(const View<U>& source, int64_t col = 0) {
     constexpr int64_t kStrip = 16;
-    float* const out = data_ + row * cols_ + col;
+    float* const out = data_ + col;
     for (int64_t top = 0; top < source.rows; top += kStrip) {
       const int64_t bottom = min(top + kStrip, source.rows);
       if (source.col_stride == 1) {
@@ -81,32 +81,71 @@ class TileWeights {
   static constexpr int P = kParts<T>;
 
  public:
-  void allocate(int64_t rows, int64_t cols) { staged_.allocate(rows, cols), blocks_.allocate(cols, rows); }
-  void shape(int64_t rows, int64_t cols) { staged_.shape(rows, cols), blocks_.shape(cols, rows); }
+  void allocate(int64_t rows, int64_t cols) { blocks_.allocate(cols, rows); }
+  void shape(int64_t rows, int64_t cols) { blocks_.shape(cols, rows), cols_ = cols; }
   template <class U>
-  void put(const View<U>& source, int64_t col = 0, int64_t row = 0) {
-    staged_.put(source, col, row);
-  }
-  void pad() { pad(0, blocks_.cols() * kEdge); }
-  // Whole blocks of rows.
-  void pad(int64_t first, int64_t count) {
-    __m512i even[P], odd[P];
-    for (int64_t col = 0; col < blocks_.rows(); ++col)
-      for (int64_t row = first / kEdge; row < Blocked<P>::count(first + count); ++row)
-        for (int64_t pair = 0; pair < 16; ++pair) {
-          split<P>(staged_.at(row * kEdge + 2 * pair, col * kEdge), even);
-          split<P>(staged_.at(row * kEdge + 2 * pair + 1, col * kEdge), odd);
-          bf16* out = blocks_.at(col, row) + pair * 32;
-          for (int p = 0; p < P; ++p, out += kBlock) {
-            _mm512_storeu_si512(out, _mm512_permutex2var_epi16(even[p], interleaved(0), odd[p]));
-            _mm512_storeu_si512(out + kTile, _mm512_permutex2var_epi16(even[p], interleaved(16), odd[p]));
-          }
-        }
+  void load(int64_t first, const View<U>& left, const View<U>* right = nullptr) {
+    if (left.rows % kEdge == 0 && left.cols % kEdge == 0) {
+      pack(left, first, 0);
+      if (right) pack(*right, first, left.cols);
+      return;
+    }
+    Staged strip;
+    strip.allocate(kEdge, cols_);
+    for (int64_t row = 0; row < left.rows; row += kEdge) {
+      const int64_t count = min(kEdge, left.rows - row);
+      strip.shape(count, cols_);
+      strip.put(left.slice(row, count));
+      if (right) strip.put(right->slice(row, count), left.cols);
+      pack(View<float>{strip.at(0, 0), strip.cols(), 1, kEdge, strip.cols()}, first + row, 0);
+    }
   }
   int64_t padded_cols() const { return blocks_.rows() * kEdge; }
   const Blocked<P>& blocks() const { return blocks_; }
 
  private:
+  // Whole blocks, the first of them at this row and column.
+  template <class U>
+  void pack(const View<U>& source, int64_t first, int64_t col) {
+    for (int64_t j = 0; j < source.cols; j += kEdge)
+      for (int64_t i = 0; i < source.rows; i += kEdge) {
+        const U* from = source.row(i) + j * source.col_stride;
+        bf16* to = blocks_.at((col + j) / kEdge, (first + i) / kEdge);
+        source.col_stride == 1 ? pack_rows(from, source.row_stride, to) : pack_columns(from, source.col_stride, to);
+      }
+  }
+
+  template <class U>
+  static void pack_rows(const U* from, int64_t stride, bf16* out) {
+    __m512i even[P], odd[P];
+    for (int64_t pair = 0; pair < 16; ++pair, from += 2 * stride, out += 32) {
+      split<P>(from, even);
+      split<P>(from + stride, odd);
+#pragma GCC unroll 3
+      for (int p = 0; p < P; ++p) {
+        _mm512_storeu_si512(out + p * kBlock, _mm512_permutex2var_epi16(even[p], interleaved(0), odd[p]));
+        _mm512_storeu_si512(out + p * kBlock + kTile, _mm512_permutex2var_epi16(even[p], interleaved(16), odd[p]));
+      }
+    }
+  }
+
+  // Columns of 32 numbers each, which are pairs of rows already.
+  template <class U>
+  static void pack_columns(const U* from, int64_t stride, bf16* out) {
+    __m512i parts[P], tiles[P][16];
+    for (int half = 0; half < 2; ++half, out += kTile) {
+      for (int col = 0; col < 16; ++col, from += stride) {
+        split<P>(from, parts);
+#pragma GCC unroll 3
+        for (int p = 0; p < P; ++p) tiles[p][col] = parts[p];
+      }
+      for (int p = 0; p < P; ++p) {
+        transpose(tiles[p]);
+        for (int pair = 0; pair < 16; ++pair) _mm512_storeu_si512(out + p * kBlock + pair * 32, tiles[p][pair]);
+      }
+    }
+  }
+
   // first, 32 + first, first + 1, 32 + first + 1, …
   static __m512i interleaved(int first) {
     const __m512i steps = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -114,8 +153,8 @@ class TileWeights {
                             _mm512_set1_epi32((32 + first) << 16 | first));
   }
 
-  Staged staged_;
   Blocked<P> blocks_;
+  int64_t cols_ = 0;
 };
 
 // V: its transpose as a left operand, whose rows are in the order of `place`.
@@ -133,7 +172,7 @@ class TileValues {
   void put(const View<U>& source, int64_t first = 0) {
     if (!is_staged_) staged_.shape(rows_, cols_);
     is_staged_ = true;
-    staged_.put(source, first, 0);
+    staged_.put(source, first);
   }
   // Whole blocks are packed where they lie.
   void put(const View<float>& source, int64_t first = 0) {

@@ -29,27 +29,37 @@ class Weights {
 
  public:
   void allocate(int64_t rows, int64_t cols) { data_.allocate(Panels<S>::size(rows, cols)); }
-  // From here on a matrix of this size; `put` its parts, then `pad`.
+  // From here on a matrix of this size.
   void shape(int64_t rows, int64_t cols) { panels_ = Panels<S>::over(data_, rows, cols), rows_ = rows, cols_ = cols; }
-  // Where its first number belongs: in this column and row.
+  // Its rows from `first`, a multiple of kTileRows, on: those of one matrix and beside them those of another.
   template <class U>
-  void put(const View<U>& source, int64_t col = 0, int64_t row = 0) {
-    pack_panels(source, panels_, col, row);
+  void load(int64_t first, const View<U>& left, const View<U>* right = nullptr) {
+    const int64_t last = first + left.rows;
+    pack_panels(left, panels_, 0, first);
+    if (right) pack_panels(*right, panels_, left.cols, first);
+    zero_padding(panels_, first, last < rows_ ? last : panels_.rows, rows_, cols_);
   }
-  void pad() { pad(0, rows_); }
-  // So many rows from `row` on, and, with the last, those that are padding.
-  void pad(int64_t row, int64_t count) { zero_padding(panels_, row, row + count < rows_ ? row + count : panels_.rows, rows_, cols_); }
   int64_t padded_cols() const { return panels_.cols; }
   const Panels<S>& panels() const { return panels_; }
 
- private:
-  Buffer<S> data_;
+ protected:
   Panels<S> panels_{};
   int64_t rows_ = 0, cols_ = 0;
+
+ private:
+  Buffer<S> data_;
 };
 
+// V: `shape` it, `put` its columns, then `pad`.
 template <class T>
-class Values : public Weights<T> {};
+class Values : public Weights<T> {
+ public:
+  template <class U>
+  void put(const View<U>& source, int64_t col = 0) {
+    pack_panels(source, this->panels_, col);
+  }
+  void pad() { zero_padding(this->panels_, this->rows_, this->cols_); }
+};
 
 // Sums over rows in the accumulation type, which in float lose the more digits the more rows there are: what has been summed is
 // carried into double once in a while.
@@ -171,16 +181,17 @@ class Left {
 };
 
 // The whole of a right operand.
-template <class Operand, class U>
-void fill(Operand& operand, const View<U>& source) {
-  operand.shape(source.rows, source.cols);
-  operand.put(source);
-  operand.pad();
+template <class T, class U>
+void fill(Values<T>& values, const View<U>& source) {
+  values.shape(source.rows, source.cols);
+  values.put(source);
+  values.pad();
 }
 template <class T, class U>
 void load_weights(Weights<T>& weights, const View<U>& source) {
   weights.allocate(source.rows, source.cols);
-  fill(weights, source);
+  weights.shape(source.rows, source.cols);
+  weights.load(0, source);
 }
 
 }  // namespace byol::BYOL_ISA
