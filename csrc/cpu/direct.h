@@ -29,7 +29,7 @@ class Direct {
     double total = 0;
     for (int64_t col = 0; col < args.out_features; col += kResidualCols) {
       const int64_t cols = min(kResidualCols, args.out_features - col);
-      const Block& block = blocks_[col / kResidualCols];
+      Block& block = blocks_[col / kResidualCols];
       left_code_.multiply(rows_, col, cols, residual_, kResidualCols, Into::store);
       std::memset(squares_, 0, cols * sizeof(double));
       for (int64_t r = 0; r < targets.rows; ++r) subtract(targets.row(r) + col, bias + col, r, col, cols);
@@ -63,7 +63,7 @@ class Direct {
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t first = i * kResidualCols, count = min(kResidualCols, args.out_features - first);
       load_weights(blocks_[i].decoder, decoder.slice(first, count));
-      if (wants_code) blocks_[i].code_sums.allocate_zeros(count, args.rank);
+      if (wants_code) blocks_[i].code_sums.allocate(count, args.rank);
     }
     if (wants_code) code_values_.allocate(height, args.rank);
     load_weights(rows_, decoder.transposed());

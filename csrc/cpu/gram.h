@@ -47,7 +47,7 @@ class SquareSums<bf16> {
  public:
   void allocate_zeros(int64_t cols) {
     cols_ = cols;
-    rows_.allocate(kWeightRows, cols), values_.allocate(kWeightRows, cols), sums_.allocate_zeros(cols, cols);
+    rows_.allocate(kWeightRows, cols), values_.allocate(kWeightRows, cols), sums_.allocate(cols, cols);
   }
   void add(const View<bf16>& rows) {
     rows_.pack(rows, visit_nothing);

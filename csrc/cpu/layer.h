@@ -224,10 +224,10 @@ class Backward {
     grads.allocate(height, args.out_features);
     values.allocate(height, K);
     if (args.d_encoder_weight) {
-      w.encoder_sums.allocate_zeros(args.in_features, K);
+      w.encoder_sums.allocate(args.in_features, K);
       inputs.allocate(height, args.in_features);
     }
-    if (wants_code) w.decoder_sums.allocate_zeros(args.out_features, K);
+    if (wants_code) w.decoder_sums.allocate(args.out_features, K);
     if (args.d_input) {
       slopes.allocate(height, K);
       scratch.allocate(height * kOutputCols);

@@ -176,11 +176,11 @@ class Left<bf16> {
     }
   }
 
-  void multiply_transposed(const Values<bf16>& values, const Sums<bf16>& sums, int64_t first = 0) const {
-    multiply_transposed(values, sums, first, [&](int64_t) { return cols_; });
+  void multiply_transposed(const Values<bf16>& values, Sums<bf16>& sums, int64_t first = 0) const {
+    multiply_transposed(values, sums, first, [&](int64_t) { return cols_; }, sums.begin(first == 0));
   }
-  void multiply_symmetric(const Values<bf16>& values, const Sums<bf16>& sums) const {
-    multiply_transposed(values, sums, 0, [&](int64_t j) { return min(cols_, (j + 1) * C); });
+  void multiply_symmetric(const Values<bf16>& values, Sums<bf16>& sums) const {
+    multiply_transposed(values, sums, 0, [&](int64_t j) { return min(cols_, (j + 1) * C); }, sums.begin(false));
   }
 
  private:
@@ -190,13 +190,13 @@ class Left<bf16> {
 
   // Rows of the sums until `end(j)` in panel j.
   template <class End>
-  void multiply_transposed(const Values<bf16>& values, const Sums<bf16>& sums, int64_t first, const End& end) const {
+  void multiply_transposed(const Values<bf16>& values, const Sums<bf16>& sums, int64_t first, const End& end, Into into) const {
     Ahead nothing;
     for (int64_t j = first / C; j < values.panel_count(); ++j)
       for (int64_t col = 0; col < end(j); col += R)
         with_edges<float>(live_cols_ - col, values.cols() - j * C, [&](auto rows, auto vectors) {
           pair_tile<1, R, rows.value, vectors.value>(by_row_ + col * R / 2, cols_ * R / 2, values.panel(j, 0), (live_rows_ + 1) / 2,
-                                                     sums.panels().row(col, j), C, Into::add, nothing);
+                                                     sums.panels().row(col, j), C, into, nothing);
         });
   }
 

@@ -355,9 +355,9 @@ void multiply(const Blocks<S>& a, const Panels<S>& b, Pointer<S> c, int64_t ldc,
   }
 }
 
-// C += Aᵀ·B, C in panels: its rows until `end(j)` in panel j.
+// C (+)= Aᵀ·B, C in panels: its rows until `end(j)` in panel j.
 template <class S, class End>
-void multiply_transposed(const Blocks<S>& a, const Panels<S>& b, const Panels<S>& c, const End& end) {
+void multiply_transposed(const Blocks<S>& a, const Panels<S>& b, const Panels<S>& c, const End& end, Into into) {
   Ahead nothing;
   for (int64_t depth = 0; depth < a.live_rows; depth += kDepth) {
     const int64_t steps = min(kDepth, a.live_rows - depth);
@@ -365,21 +365,21 @@ void multiply_transposed(const Blocks<S>& a, const Panels<S>& b, const Panels<S>
       for (int64_t col = 0; col < end(j); col += kTileRows)
         with_edges<S>(a.live_cols - col, b.live_cols - j * kCols<S>, [&](auto rows, auto vectors) {
           register_tile<S, true, rows.value, vectors.value>(a.data + depth * a.cols + col * kTileRows, a.stride(),
-                                                            b.row(depth, j), steps, c.row(col, j), kCols<S>, Into::add, nothing);
+                                                            b.row(depth, j), steps, c.row(col, j), kCols<S>, depth > 0 ? Into::add : into, nothing);
         });
   }
 }
 
-// C[a.cols, b.cols] += Aᵀ·B.
+// C[a.cols, b.cols] (+)= Aᵀ·B.
 template <class S>
-void multiply_transposed(const Blocks<S>& a, const Panels<S>& b, const Panels<S>& c) {
-  multiply_transposed(a, b, c, [&](int64_t) { return a.cols; });
+void multiply_transposed(const Blocks<S>& a, const Panels<S>& b, const Panels<S>& c, Into into) {
+  multiply_transposed(a, b, c, [&](int64_t) { return a.cols; }, into);
 }
 
 // C += Aᵀ·A, given A in blocks and in panels; below the diagonal, only what shares a tile with it is right.
 template <class S>
 void multiply_symmetric(const Blocks<S>& a, const Panels<S>& b, const Panels<S>& c) {
-  multiply_transposed(a, b, c, [&](int64_t j) { return min(a.cols, (j + 1) * kCols<S>); });
+  multiply_transposed(a, b, c, [&](int64_t j) { return min(a.cols, (j + 1) * kCols<S>); }, Into::add);
 }
 
 }  // namespace byol::BYOL_ISA

@@ -159,7 +159,7 @@ class SparseStep {
       const Panels<double> panels = Panels<double>::over(panel_data, rows, K);
       pack_panels(codes, panels);
       zero_padding(panels, rows, K);
-      multiply_transposed(blocks, panels, Panels<double>::over(w.code_products, K, K));
+      multiply_transposed(blocks, panels, Panels<double>::over(w.code_products, K, K), Into::add);
     }
   }
 

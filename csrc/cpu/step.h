@@ -164,15 +164,15 @@ class Step {
     }
     if (input_width()) {
       w.values.allocate(height, input_width());
-      w.input_sums.allocate_zeros(args.in_features, input_width());
+      w.input_sums.allocate(args.in_features, input_width());
     }
     if (separate && wants_code) {
       w.target_values.allocate(height, K);
-      w.target_sums.allocate_zeros(args.out_features, K);
+      w.target_sums.allocate(args.out_features, K);
     }
     if (wants_code) {
       w.code_values.allocate(height, K);
-      w.code_products.allocate_zeros(K, K);
+      w.code_products.allocate(K, K);
       w.centre.allocate_zeros(K);
       w.centred_sum.allocate_zeros(K);
     }

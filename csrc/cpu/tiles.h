@@ -276,11 +276,12 @@ inline Square<float> transposed(const Square<float>& block) {
 // (Tᵀ·V)ᵀ in blocks of 32×32, rows and columns of each in the order of `place`.
 class TileSums {
  public:
-  void allocate_zeros(int64_t rows, int64_t cols) {
+  void allocate(int64_t rows, int64_t cols) {
     row_blocks_ = Blocked<1>::count(rows);
-    sums_.allocate_zeros(row_blocks_ * Blocked<1>::count(cols) * kEdge * kEdge);
+    sums_.allocate(row_blocks_ * Blocked<1>::count(cols) * kEdge * kEdge);
   }
   float* block(int64_t row, int64_t col) const { return sums_.data() + offset(row, col); }
+  Into begin(bool all) { return sums_.begin(all); }
   void carry() { sums_.carry(); }
   template <class Out>
   void add_rows(Out* out, int64_t stride, const Region& region, double factor, Into into = Into::add) const {
@@ -379,12 +380,12 @@ class TileLeft {
                              depth > 0 || into != Into::store, [] {});
   }
 
-  void multiply_transposed(const TileValues<T>& values, const TileSums& sums, int64_t first = 0) const {
-    add_products(values, sums, [&](int64_t) { return first / kEdge; });
+  void multiply_transposed(const TileValues<T>& values, TileSums& sums, int64_t first = 0) const {
+    multiply_transposed(values, sums, [&](int64_t) { return first / kEdge; }, sums.begin(first == 0));
   }
 
-  void multiply_symmetric(const TileValues<T>& values, const TileSums& sums) const {
-    add_products(values, sums, [](int64_t col) { return col; });
+  void multiply_symmetric(const TileValues<T>& values, TileSums& sums) const {
+    multiply_transposed(values, sums, [](int64_t col) { return col; }, sums.begin(false));
   }
 
  private:
@@ -394,7 +395,7 @@ class TileLeft {
   // A sum of three parts begins at zero, for each of its six products is rounded to the digits of what it is added to, and what
   // all tiles before came to is larger than it. It is added to that beside the next sum.
   template <class First>
-  void add_products(const TileValues<T>& values, const TileSums& sums, const First& first) const {
+  void multiply_transposed(const TileValues<T>& values, const TileSums& sums, const First& first, Into into) const {
     const int64_t rows = blocks_.rows(), cols = blocks_.cols(), slices = kSlices<P> * rows;
     const int64_t vectors = slice(Addition::kVectors, slices);
     const bool ahead = P > 1 && values.blocks().rows() - first(0) > 1;
@@ -415,13 +416,13 @@ class TileLeft {
         const auto multiply = [&](float* out, bool add, const auto& beside) {
           multiply_blocks<P>(values.blocks().at(k, 0), P * kBlock, right, P * kBlock, rows, out, kEdge, add, beside);
         };
-        if constexpr (P == 3) {
+        if (P < 3 || into == Into::store) {
+          multiply(sums.block(col, k), into == Into::add, [&] { pairing.advance(units); });
+        } else {
           multiply(products[turn], false, [&] { addition.advance(vectors), pairing.advance(units); });
           addition.finish();
           addition.begin(products[turn], sums.block(col, k));
           turn = 1 - turn;
-        } else {
-          multiply(sums.block(col, k), true, [&] { pairing.advance(units); });
         }
       }
     }

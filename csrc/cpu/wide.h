@@ -66,17 +66,26 @@ class Values : public Weights<T> {
 template <class S>
 class RowSums {
  public:
-  void allocate_zeros(int64_t count) { count_ = count, data_.allocate_zeros(count); }
+  void allocate(int64_t count) { count_ = count, data_.allocate(count); }
   S* data() const { return data_; }
-  void carry() {
-    if (sizeof(S) == sizeof(double) || !data_) return;
-    if (!carried_) carried_.allocate_zeros(count_);
-    for (int64_t i = 0; i < count_; ++i) carried_[i] += double(data_[i]), data_[i] = S(0);
+  // What to do with the next terms: nothing has to be zero where the first are there for all sums.
+  Into begin(bool all) {
+    if (begun_) return Into::add;
+    begun_ = true;
+    if (all) return Into::store;
+    std::memset(data_, 0, count_ * sizeof(S));
+    return Into::add;
   }
-  // Calls add(numbers) with those whose sum it is; with nothing when there are no sums.
+  void carry() {
+    if (sizeof(S) == sizeof(double) || !begun_) return;
+    if (!carried_) carried_.allocate_zeros(count_);
+    for (int64_t i = 0; i < count_; ++i) carried_[i] += double(data_[i]);
+    begun_ = false;
+  }
+  // Calls add(numbers) with those whose sum it is; with nothing when nothing was summed.
   template <class Add>
   void visit(const Add& add) const {
-    if (data_) add(static_cast<const S*>(data_));
+    if (begun_) add(static_cast<const S*>(data_));
     if (carried_) add(static_cast<const double*>(carried_));
   }
 
@@ -84,6 +93,7 @@ class RowSums {
   Buffer<S> data_;
   Buffer<double> carried_;
   int64_t count_ = 0;
+  bool begun_ = false;
 };
 
 // Some rows and columns of a matrix.
@@ -99,13 +109,14 @@ class Sums {
   using S = Acc<T>;
 
  public:
-  void allocate_zeros(int64_t rows, int64_t cols) {
-    sums_.allocate_zeros(Panels<S>::size(rows, cols));
+  void allocate(int64_t rows, int64_t cols) {
+    sums_.allocate(Panels<S>::size(rows, cols));
     panels_ = Panels<S>::over(sums_.data(), rows, cols);
   }
   const Panels<S>& panels() const { return panels_; }
+  Into begin(bool all) { return sums_.begin(all); }
   void carry() { sums_.carry(); }
-  // out[i·stride + j] += factor · the number at row i and column j of the region, or = that; nothing when the sums do not exist.
+  // out[i·stride + j] += factor · the number at row i and column j of the region, or = that; nothing when nothing was summed.
   template <class Out>
   void add_rows(Out* out, int64_t stride, const Region& region, double factor, Into into = Into::add) const {
     sums_.visit([&](const auto* numbers) {
@@ -167,11 +178,12 @@ class Left {
     byol::BYOL_ISA::multiply(blocks_, panels, out, ldc, into, ahead);
   }
   // sums += Tᵀ·V, the columns from `first` on, and what shares a panel with them.
-  void multiply_transposed(const Values<T>& values, const Sums<T>& sums, int64_t first = 0) const {
-    byol::BYOL_ISA::multiply_transposed(blocks_, values.panels().from(first), sums.panels().from(first));
+  void multiply_transposed(const Values<T>& values, Sums<T>& sums, int64_t first = 0) const {
+    byol::BYOL_ISA::multiply_transposed(blocks_, values.panels().from(first), sums.panels().from(first), sums.begin(first == 0));
   }
   // sums += TᵀT, V being T; on and above the diagonal.
-  void multiply_symmetric(const Values<T>& values, const Sums<T>& sums) const {
+  void multiply_symmetric(const Values<T>& values, Sums<T>& sums) const {
+    sums.begin(false);
     byol::BYOL_ISA::multiply_symmetric(blocks_, values.panels(), sums.panels());
   }
 
