@@ -23,6 +23,8 @@
 #include "statistics.h"
 #include "step_weights.h"
 
+#include <type_traits>
+
 namespace byol::BYOL_ISA {
 
 // τ. The Gram form's relative error in Σ R² is about 4e-8/ρ in float and 5e-16/ρ in double on small problems, less on large
@@ -396,25 +398,40 @@ class Step {
   void finish_weights(Worker* workers, int thread, const Weights<N>& code_products) const {
     [[maybe_unused]] const MatrixUnit unit;
     const int64_t stride = code_products.padded_cols();
-    Buffer<N> gradient(kWeightRows * stride), decoder_rows(kWeightRows * K);
+    Buffer<N> gradient(kWeightRows * stride), copied(kWeightRows * K), centred_sum;
     Buffer<double> residuals(kWeightRows * threads);
     Left<N> decoder;
-    if (wants_code) decoder.allocate(kWeightRows, K);
+    if (wants_code) {
+      decoder.allocate(kWeightRows, K);
+      centred_sum.allocate_zeros(K);
+      for (int i = 0; i < threads; ++i)
+        for (int64_t k = 0; k < K; ++k) centred_sum[k] += N(workers[i].centred_sum[k]);
+    }
     const int64_t features = max(args.in_features, args.out_features), units = (features + kWeightRows - 1) / kWeightRows;
     for (int64_t unit = share(units, thread, threads); unit < share(units, thread + 1, threads); ++unit) {
       const int64_t first = unit * kWeightRows, outputs = min(kWeightRows, args.out_features - first);
       if (outputs > 0 && (wants_code || args.d_decoder_bias)) {
-        copy<T, N>(decoder_view<T>(args).slice(first, outputs), decoder_rows);
-        sum_residuals<N>(workers, first, outputs, decoder_rows, residuals);
-      }
-      if (outputs > 0 && wants_code) {
-        decoder.pack(View<N>{decoder_rows, K, 1, outputs, K}, visit_nothing);
-        decoder.multiply(code_products, 0, K, gradient, stride, Into::store);
-        decoder_gradient<N>(workers, first, outputs, residuals, gradient, stride);
+        const N* rows = decoder_rows<N>(first, outputs, copied);
+        sum_residuals<N>(workers, first, outputs, rows, residuals);
+        if (wants_code) {
+          decoder.pack(View<N>{rows, K, 1, outputs, K}, visit_nothing);
+          decoder.multiply(code_products, 0, K, gradient, stride, Into::store);
+          decoder_gradient<N>(workers, first, outputs, residuals, centred_sum, gradient, stride);
+        }
       }
       if (args.d_encoder_weight && first < args.in_features)
         encoder_gradient<N>(workers, first, min(kWeightRows, args.in_features - first), gradient, stride);
     }
+  }
+
+  // Rows first … first + count of Wd, one after the other: where they are, or a copy.
+  template <class N>
+  const N* decoder_rows(int64_t first, int64_t count, N* copied) const {
+    const View<T> rows = decoder_view<T>(args).slice(first, count);
+    if constexpr (std::is_same_v<T, N>)
+      if (rows.row_stride == K && rows.col_stride == 1) return rows.data;
+    copy<T, N>(rows, copied);
+    return copied;
   }
 
   // Σ r = Wd Σz − Σ a of columns first … first + count, from each thread's Gram tiles; with those of direct tiles, dbd.
@@ -434,15 +451,20 @@ class Step {
 
   // Turns rows first … first + count of Wd (YᵀY + m (Σy)ᵀ) into those of dWd, which untied go to the caller.
   template <class N>
-  void decoder_gradient(Worker* workers, int64_t first, int64_t count, const double* residuals, N* gradient, int64_t stride) const {
+  void decoder_gradient(Worker* workers, int64_t first, int64_t count, const double* residuals, const N* centred_sum, N* gradient,
+                        int64_t stride) const {
     const Region region{first, count, 0, K};
+    for (int64_t d = 0; d < count; ++d) {
+      N* row = gradient + d * stride;
+      const N bias = weights.decoder_bias[first + d];
+      for (int64_t k = 0; k < K; ++k) row[k] += bias * centred_sum[k];
+      for (int i = 0; i < threads; ++i) {
+        const N residual = N(residuals[d * threads + i]);
+        for (int64_t k = 0; k < K; ++k) row[k] += residual * workers[i].centre[k];
+      }
+    }
     for (int i = 0; i < threads; ++i) {
       const Worker& w = workers[i];
-      for (int64_t d = 0; d < count; ++d) {
-        N* row = gradient + d * stride;
-        const N bias = weights.decoder_bias[first + d], residual = N(residuals[d * threads + i]);
-        for (int64_t k = 0; k < K; ++k) row[k] += bias * N(w.centred_sum[k]) + residual * w.centre[k];
-      }
       if (joint) w.input_sums.add_rows(gradient, stride, region, -1);
       if (separate) w.target_sums.add_rows(gradient, stride, region, -1);
       w.direct.add_code_sums(gradient, stride, first, count, K);
