@@ -111,7 +111,9 @@ constexpr int64_t pad_rows(int64_t rows) {
 template <class T>
 int64_t tile_rows(int64_t share_rows, int64_t features, int64_t rank) {
   const int64_t least = max(64, min(3 * rank / 2, Left<T>::kHighRankRows));
-  const int64_t most = max(least, min(256, Left<T>::kTileBytes / (Left<T>::kBytes * max(features, 1))));
+  const int64_t fitting = max(least, min(256, Left<T>::kTileBytes / (Left<T>::kBytes * max(features, 1))));
+  // The first tile's memory is in no near cache, that of the others is: there have to be others.
+  const int64_t most = min(fitting, max(Left<T>::kFewRows, share_rows / 8));
   const int64_t tiles = max(1, (share_rows + most - 1) / most);
   return pad_rows<T>(max(1, (share_rows + tiles - 1) / tiles));
 }

@@ -141,7 +141,8 @@ class Values<bf16> : public Weights<bf16> {
 template <>
 class Left<bf16> {
  public:
-  static constexpr int64_t kBytes = sizeof(float), kTileBytes = BYOL_ISA::kTileBytes, kHighRankRows = BYOL_ISA::kHighRankRows;
+  static constexpr int64_t kBytes = sizeof(float), kTileBytes = BYOL_ISA::kTileBytes, kHighRankRows = BYOL_ISA::kHighRankRows,
+                           kFewRows = BYOL_ISA::kFewRows;
   static constexpr int64_t kRows = kTileRows, kBlockRows = kTileRows, kBlockCols = kStripCols;
 
   void allocate(int64_t rows, int64_t cols) {

@@ -338,7 +338,8 @@ class TileLeft {
 
  public:
   // With those of its source, which go through the same cache.
-  static constexpr int64_t kBytes = P * sizeof(bf16) + sizeof(T), kTileBytes = 640 * 1024, kHighRankRows = P > 1 ? 192 : 256;
+  static constexpr int64_t kBytes = P * sizeof(bf16) + sizeof(T), kTileBytes = 640 * 1024, kHighRankRows = P > 1 ? 128 : 256,
+                           kFewRows = P > 1 ? 32 : 64;
   static constexpr int64_t kRows = kEdge, kBlockRows = 8, kBlockCols = kEdge;
 
   void allocate(int64_t rows, int64_t cols) {

@@ -150,7 +150,7 @@ class Sums {
 };
 
 // A packed tile leaves room for others in a second-level cache of 1 MiB.
-constexpr int64_t kTileBytes = 384 * 1024, kHighRankRows = 96;
+constexpr int64_t kTileBytes = 384 * 1024, kHighRankRows = 96, kFewRows = 48;
 
 // A tile of T.
 template <class T>
@@ -158,9 +158,10 @@ class Left {
   using S = Acc<T>;
 
  public:
-  // The bytes of a number, of a tile, and its rows at high rank (tile_rows). Rows are padded to a multiple of kRows; packing
+  // The bytes of a number, of a tile, and its rows at high rank and where rows are few (tile_rows). Rows are padded to a multiple of kRows; packing
   // goes by blocks of so many rows and columns.
-  static constexpr int64_t kBytes = sizeof(S), kTileBytes = BYOL_ISA::kTileBytes, kHighRankRows = BYOL_ISA::kHighRankRows;
+  static constexpr int64_t kBytes = sizeof(S), kTileBytes = BYOL_ISA::kTileBytes, kHighRankRows = BYOL_ISA::kHighRankRows,
+                           kFewRows = BYOL_ISA::kFewRows;
   static constexpr int64_t kRows = kTileRows, kBlockRows = kTileRows, kBlockCols = kStripCols;
 
   void allocate(int64_t rows, int64_t cols) { data_.allocate(Blocks<S>::size(rows, cols)); }
