@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ _FORMS = {"auto": 0, "gram": 1, "direct": 2}
 _DIRECT_BELOW = {torch.float32: 4e-3, torch.float64: 1e-3}
 # Rows of a sparse input that are made dense at a time, when they have to be.
 _DENSE_ROWS = 256
-# The size from which on glibc never reuses freed memory.
-_MAPPED_ANEW = 2**25
+# The bytes from which on the system's allocator often, and from 32 MiB on always, gives freed memory back to the system.
+_LARGE = 2**22
 _ABSENT = (0, 0)
 
 
@@ -123,7 +123,7 @@ class Native:
     ) -> list[Tensor | None]:
         input, weights = _rows(input), _weight_rows(weights)
         sizes = _sizes(input, weights)
-        output = _result(input, sizes[0], sizes[2])
+        output = _result(input, (sizes[0], sizes[2]))
         code = input.new_empty((sizes[0], sizes[3]), dtype=accumulation_dtype(input.dtype)) if save_code else None
         _native.forward(
             _DTYPES[input.dtype],
@@ -150,8 +150,8 @@ class Native:
     ) -> list[Tensor | None]:
         grad, input, weights = _rows(grad), _rows(input), _weight_rows(weights)
         sizes = _sizes(input, weights)
-        d_input = _result(input, *input.shape) if needs[0] else None
-        d_weights = _weight_gradients(input, sizes, needs[1:])
+        d_input = _result(input, input.shape) if needs[0] else None
+        d_weights = _weight_gradients(input, sizes, needs[1:], _result)
         _native.backward(
             _DTYPES[input.dtype],
             _ACTIVATIONS[activation],
@@ -182,7 +182,7 @@ class Native:
         input, target, weights = _rows(input), _optional_rows(target), _weight_rows(weights)
         sizes = _sizes(input, weights)
         dtype = accumulation_dtype(input.dtype)
-        d_weights = _weight_gradients(input, sizes, needs)
+        d_weights = _weight_gradients(input, sizes, needs, _result)
         code, code_gradient = (
             input.new_empty((sizes[0], sizes[3]), dtype=dtype) if save_codes else None for _ in range(2)
         )
@@ -215,7 +215,7 @@ class Native:
         row_starts, columns, values = (part.contiguous() for part in csr)
         weights = _weight_rows(weights)
         sizes = (row_starts.numel() - 1, weights.in_features, weights.in_features, weights.rank)
-        d_weights = _weight_gradients(values, sizes, needs)
+        d_weights = _weight_gradients(values, sizes, needs, _result)
         total = _sum_like(values)
         squared_error, energy = _native.sparse_step(
             _DTYPES[values.dtype],
@@ -248,8 +248,8 @@ class Native:
         input, target, weights = _rows(input), _optional_rows(target), _weight_rows(weights)
         sizes = _sizes(input, weights)
         encoder, decoder, _, decoder_bias = _addresses(weights)
-        d_input = _result(input, *input.shape) if needs[0] else None
-        d_target = _result(input, sizes[0], sizes[2]) if needs[1] else None
+        d_input = _result(input, input.shape) if needs[0] else None
+        d_target = _result(input, (sizes[0], sizes[2])) if needs[1] else None
         _native.step_input_gradients(
             _DTYPES[input.dtype],
             torch.get_num_threads(),
@@ -301,19 +301,21 @@ def _sum_like(input: Tensor) -> Tensor:
     return input.new_empty((), dtype=accumulation_dtype(input.dtype))
 
 
-def _result(like: Tensor, *shape: int) -> Tensor:
-    """``like.new_empty(shape)``; the memory of a large result is kept and used again (csrc/cpu/memory.h)."""
+def _result(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """``like.new_empty(shape, dtype=dtype)``; the memory of a large result is kept and used again (csrc/cpu/memory.h)."""
+    dtype = dtype or like.dtype
     count = math.prod(shape)
-    if count * like.element_size() < _MAPPED_ANEW:
-        return like.new_empty(shape)
-    memory = torch.frombuffer(_native.LargeBlock(count * like.element_size()), dtype=like.dtype, count=count)
+    if count * dtype.itemsize < _LARGE:
+        return like.new_empty(shape, dtype=dtype)
+    memory = torch.frombuffer(_native.LargeBlock(count * dtype.itemsize), dtype=dtype, count=count)
     # No view of it: autograd would not let the user change one in place.
-    return like.new_empty(0).set_(memory.untyped_storage(), 0, shape, memory.view(shape).stride())
+    empty = like.new_empty(0, dtype=dtype)
+    return empty.set_(memory.untyped_storage(), 0, shape, memory.view(*shape).stride())
 
 
 def _result_like(tensor: Tensor) -> Tensor:
     """``torch.empty_like``, which keeps strides."""
-    return _result(tensor, *tensor.shape) if tensor.is_contiguous() else torch.empty_like(tensor)
+    return _result(tensor, tensor.shape) if tensor.is_contiguous() else torch.empty_like(tensor)
 
 
 def _rows(matrix: Tensor) -> Tensor:
@@ -353,9 +355,14 @@ def _sizes(input: Tensor, weights: Weights) -> tuple[int, int, int, int]:
     return input.shape[0], weights.in_features, weights.out_features, weights.rank
 
 
-def _weight_gradients(input: Tensor, sizes: tuple[int, int, int, int], needs: Sequence[bool]) -> list[Tensor | None]:
+def _weight_gradients(
+    input: Tensor,
+    sizes: tuple[int, int, int, int],
+    needs: Sequence[bool],
+    empty: Callable[..., Tensor] = Tensor.new_empty,
+) -> list[Tensor | None]:
     """Empty gradients of the weights, None where not needed."""
     _, in_features, out_features, rank = sizes
     shapes = ((rank, in_features), (out_features, rank), (rank,), (out_features,))
     dtype = accumulation_dtype(input.dtype)
-    return [input.new_empty(shape, dtype=dtype) if need else None for shape, need in zip(shapes, needs, strict=True)]
+    return [empty(input, shape, dtype=dtype) if need else None for shape, need in zip(shapes, needs, strict=True)]

@@ -21,12 +21,13 @@ constexpr int64_t kLeast = INT64_MAX;
 #else
 constexpr int64_t kLeast = int64_t(1) << 20;
 #endif
-// All that is kept, at most.
-constexpr int64_t kMost = int64_t(512) << 20;
+// All that is kept, at most; and of what was used last, so much is not offered to the system, for that takes long.
+constexpr int64_t kMost = int64_t(512) << 20, kWarm = int64_t(128) << 20;
 
 struct Region {
   void* data;
   int64_t bytes;
+  bool offered = false;
 };
 
 #ifdef __linux__
@@ -67,15 +68,22 @@ class Kept {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (region.bytes > kMost) return unmap(region);
     while (bytes_ + region.bytes > kMost) unmap(remove(0));
-    offer(region);
     regions_.push_back(region);
     bytes_ += region.bytes;
+    offer_older();
   }
   // Around a fork: in the child, a mutex that another thread had would stay locked for ever.
   void lock() { mutex_.lock(); }
   void unlock() { mutex_.unlock(); }
 
  private:
+  void offer_older() {
+    int64_t later = 0;
+    for (size_t i = regions_.size(); i-- > 0 && !regions_[i].offered;) {
+      later += regions_[i].bytes;
+      if (later > kWarm) offer(regions_[i]), regions_[i].offered = true;
+    }
+  }
   Region remove(size_t index) {
     const Region region = regions_[index];
     regions_.erase(regions_.begin() + std::ptrdiff_t(index));

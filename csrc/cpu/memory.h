@@ -2,8 +2,8 @@
 //
 // The system's allocator gives what is freed back to the system before long, a block of 32 MiB and more at once, so that the next
 // call finds pages that have to be cleared, and the processor stops at each, before a kernel writes there. So large blocks are
-// kept, and the next one of that size taken from them: the system may have them at any time it needs them, and until then they
-// are in large pages that nobody has to clear.
+// kept, and the next one of that size taken from them, in large pages that nobody has to clear. Those that were not used lately are
+// offered to the system, which may have them when it needs them.
 #pragma once
 
 #include <cstdint>
