@@ -108,8 +108,8 @@ def test_explain_tells_backend_form_and_reason(backend: str, tied: bool) -> None
     [
         ((65536, 256, 8), torch.float32, None),
         ((16, 256, 8), torch.float32, "PyTorch is faster on so small a product"),
-        ((1024, 1024, 256), torch.float32, "PyTorch is faster on fewer rows than "),
-        ((65536, 64, 48), torch.float32, "PyTorch is faster on fewer features than "),
+        ((512, 1024, 256), torch.float32, "PyTorch is faster on fewer rows than "),
+        ((65536, 64, 96), torch.float32, "PyTorch is faster on fewer features than "),
         ((4096, 512, 64), torch.float16, None),
     ],
     ids=str,
@@ -121,6 +121,13 @@ def test_rules_for_pytorch(
     call = Call("bottleneck_mse_loss", dtype, rows, features, features, rank, gradients=True)
     found = rules.reason_for_pytorch(call)
     assert found is None if reason is None else found is not None and found.startswith(reason)
+
+
+def test_a_layer_is_the_kernels_for_its_rank_or_its_outputs() -> None:
+    rules = Crossovers("amx")
+    for rows, rank, native in ((4096, 16, False), (4096, 32, True), (8192, 16, True)):
+        call = Call("bottleneck", torch.float32, rows, 1024, 1024, rank)
+        assert (rules.reason_for_pytorch(call) is None) == native
 
 
 def test_bfloat16_goes_to_pytorch_only_where_it_has_products() -> None:

@@ -12,6 +12,7 @@ takes up to twelve times as long as the kernels (bench/results/crossovers-avx2.j
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -23,25 +24,28 @@ FEW_ELEMENTS, _FEW_ELEMENTS_BACKWARD = 2**18, 2**20
 
 
 class _Least(NamedTuple):
-    """The least that the kernels want: rows·rank·(in_features + out_features), rows/rank, and so on."""
+    """The least that the kernels want: rows·rank·(in_features + out_features), rows/rank, and so on.
+
+    From a rank on, any number of outputs will do.
+    """
 
     work: int
     rows_per_rank: int = 0
     features_per_rank: int = 0
-    rank: int = 0
     outputs: int = 0
+    or_rank: int = sys.maxsize
 
 
 class _Operations(NamedTuple):
-    """What each operation wants; None: PyTorch is never slower."""
+    """What each operation wants."""
 
     step: _Least
     loss: _Least
-    layer: _Least | None
-    layer_step: _Least | None
+    layer: _Least
+    layer_step: _Least
 
 
-# Outputs whose memory would be mapped anew for every call (csrc/cpu/memory.h): 32 MiB.
+# Outputs whose memory PyTorch has mapped anew for every call: 32 MiB.
 _LARGE, _LARGE_BFLOAT16 = 2**23, 2**24
 _ON_AVX512 = _Operations(
     step=_Least(6_000_000, 8, 2),
@@ -61,14 +65,19 @@ _ON_AVX2 = _Operations(
     layer=_Least(32_000_000, 16, 6, outputs=_LARGE),
     layer_step=_Least(32_000_000, 64, 8),
 )
-# Tiles of bfloat16: PyTorch has them for bfloat16 alone, the kernels for float32 and float16, too.
-_AMX_LAYER = _Least(128_000_000)
-_ON_AMX = _Operations(_Least(8_000_000, 8, 2), _Least(16_000_000, 8, 4), _AMX_LAYER, _AMX_LAYER)
+# Tiles of bfloat16: PyTorch has them for bfloat16 alone, the kernels for float32 and float16, too. At low rank they
+# gain little by them, for most of a layer's time is in its input and output.
+_ON_AMX = _Operations(
+    step=_Least(6_000_000, 4, 1),
+    loss=_Least(8_000_000, 4, 2),
+    layer=_Least(48_000_000, 8, outputs=_LARGE, or_rank=32),
+    layer_step=_Least(48_000_000, 8, outputs=_LARGE // 2, or_rank=32),
+)
 _BFLOAT16_ON_AMX = _Operations(
-    step=_Least(8_000_000, 8, 3),
-    loss=_Least(8_000_000, 8, 6),
-    layer=None,
-    layer_step=_Least(256_000_000, 64, 8),
+    step=_Least(1_000_000, 4, 3),
+    loss=_Least(1_000_000, 4, 4),
+    layer=_Least(8_000_000, 8, outputs=_LARGE_BFLOAT16),
+    layer_step=_Least(32_000_000, 32, 8),
 )
 _WITHOUT_PRODUCTS = _Operations(*[_Least(300_000)] * 4)
 _LEAST = {
@@ -100,9 +109,8 @@ class Crossovers:
         # What was not measured goes by what was measured with AVX2.
         self._least = _LEAST.get(instruction_set.partition("_")[0], _LEAST["avx2"])
         self._least_of_any = {
-            dtype: (min(least.work for least in wants), min(least.rows_per_rank for least in wants))
+            dtype: (min(least.work for least in operations), min(least.rows_per_rank for least in operations))
             for dtype, operations in self._least.items()
-            for wants in [[least for least in operations if least is not None]]
         }
 
     def is_small(self, dtype: torch.dtype, rows: int, in_features: int, out_features: int, rank: int) -> bool:
@@ -118,21 +126,17 @@ class Crossovers:
         if call.sparse or call.dtype not in self._least:
             return None
         least = self._wanted(call)
-        if least is None:
-            return "PyTorch's own products are as fast on a layer"
         if call.rows * call.rank * (call.in_features + call.out_features) < least.work:
             return "PyTorch is faster on so small a product"
         if call.rows < least.rows_per_rank * call.rank:
             return f"PyTorch is faster on fewer rows than {least.rows_per_rank}·rank"
         if max(call.in_features, call.out_features) < least.features_per_rank * call.rank:
             return f"PyTorch is faster on fewer features than {least.features_per_rank}·rank"
-        if call.rank < least.rank:
-            return f"PyTorch is faster on a layer of rank < {least.rank}"
-        if call.rows * call.out_features < least.outputs:
+        if call.rows * call.out_features < least.outputs and call.rank < least.or_rank:
             return f"PyTorch's own products are as fast on a layer with fewer than {least.outputs} results"
         return None
 
-    def _wanted(self, call: Call) -> _Least | None:
+    def _wanted(self, call: Call) -> _Least:
         operations = self._least[call.dtype]
         if call.operation == "bottleneck":
             return operations.layer_step if call.gradients else operations.layer

@@ -23,7 +23,7 @@ _FORMS = {"auto": 0, "gram": 1, "direct": 2}
 _DIRECT_BELOW = {torch.float32: 4e-3, torch.float64: 1e-3}
 # Rows of a sparse input that are made dense at a time, when they have to be.
 _DENSE_ROWS = 256
-# The bytes from which on the system's allocator often, and from 32 MiB on always, gives freed memory back to the system.
+# Bytes from which on the system's allocator often gives freed memory back to the system; from 32 MiB on it always does.
 _LARGE = 2**22
 _ABSENT = (0, 0)
 
@@ -302,7 +302,7 @@ def _sum_like(input: Tensor) -> Tensor:
 
 
 def _result(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """``like.new_empty(shape, dtype=dtype)``; the memory of a large result is kept and used again (csrc/cpu/memory.h)."""
+    """``like.new_empty(shape, dtype=dtype)``; large memory is kept, and used again (csrc/cpu/memory.h)."""
     dtype = dtype or like.dtype
     count = math.prod(shape)
     if count * dtype.itemsize < _LARGE:
