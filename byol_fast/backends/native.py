@@ -68,7 +68,7 @@ class Native:
 
     def refuses(self, tensors: Sequence[Tensor]) -> str | None:
         for tensor in tensors:
-            if tensor.device.type != "cpu":
+            if not tensor.is_cpu:
                 return f"it runs tensors on the CPU, not on {tensor.device.type}"
             if tensor.dtype not in _DTYPES:
                 return f"it has no kernels for {tensor.dtype}"

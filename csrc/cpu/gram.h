@@ -16,28 +16,27 @@ class SquareSums {
  public:
   void allocate_zeros(int64_t cols) {
     cols_ = cols;
-    tile_.allocate(kWeightRows * cols);
     blocks_.allocate(Blocks<double>::size(kWeightRows, cols)), panels_.allocate(Panels<double>::size(kWeightRows, cols));
     sums_.allocate_zeros(Panels<double>::size(cols, cols));
   }
   void add(const View<T>& rows) {
-    copy<T, double>(rows, tile_);
-    const View<double> view{tile_, cols_, 1, rows.rows, cols_};
     const Panels<double> panels = Panels<double>::over(panels_, rows.rows, cols_);
-    pack_panels(view, panels);
+    pack_panels(rows, panels);
     zero_padding(panels, rows.rows, cols_);
-    multiply_symmetric(pack_blocks(view, blocks_), panels, sums());
+    multiply_symmetric(pack_blocks<double>(rows, blocks_), panels, sums());
   }
   // On and above the diagonal.
   void add_to(double* out) const {
-    for (int64_t j = 0; j < cols_; ++j)
-      for (int64_t k = j; k < cols_; ++k) out[j * cols_ + k] += *sums().at(j, k);
+    constexpr int64_t C = kCols<double>;
+    for (int64_t i = 0; i < sums().count(); ++i)
+      for (int64_t j = 0; j < min(cols_, (i + 1) * C); ++j)
+        for (int64_t k = max(j, i * C); k < min(cols_, (i + 1) * C); ++k) out[j * cols_ + k] += sums().row(j, i)[k - i * C];
   }
 
  private:
   Panels<double> sums() const { return Panels<double>::over(sums_, cols_, cols_); }
 
-  Buffer<double> tile_, blocks_, panels_, sums_;
+  Buffer<double> blocks_, panels_, sums_;
   int64_t cols_ = 0;
 };
 

@@ -100,9 +100,8 @@ constexpr int64_t kStripCols = 16 * kTileRows;
 inline void visit_nothing(int64_t, int64_t) {}
 
 // Row by row, for rows that lie a power of two apart would drive each other out of the first-level cache.
-template <class T>
-void pack_strip(const T* source, int64_t stride, int64_t rows, int64_t cols, Acc<T>* out) {
-  using S = Acc<T>;
+template <class T, class S>
+void pack_strip(const T* source, int64_t stride, int64_t rows, int64_t cols, S* out) {
   constexpr int R = kTileRows;
   for (int64_t i = 0; i < rows; ++i, source += stride, out += R) {
     // The rows of the next strip: each is a stream of its own, too short for the hardware to foresee.
@@ -121,8 +120,8 @@ void pack_strip(const T* source, int64_t stride, int64_t rows, int64_t cols, Acc
 }
 
 // The same of any strides, along columns.
-template <class T>
-void pack_strip(const View<T>& source, int64_t row, int64_t col, int64_t rows, int64_t cols, Acc<T>* out) {
+template <class T, class S>
+void pack_strip(const View<T>& source, int64_t row, int64_t col, int64_t rows, int64_t cols, S* out) {
   constexpr int R = kTileRows;
   for (int64_t j = 0; j < cols; ++j) {
     const T* from = source.row(row) + (col + j) * source.col_stride;
@@ -130,10 +129,9 @@ void pack_strip(const View<T>& source, int64_t row, int64_t col, int64_t rows, i
   }
 }
 
-// Calls visit(row, col) after each strip of kTileRows rows and kStripCols columns, by its first row and column.
-template <class T, class Visit>
-Blocks<Acc<T>> pack_blocks(const View<T>& source, Acc<T>* data, const Visit& visit) {
-  using S = Acc<T>;
+// In numbers of type S; calls visit(row, col) after each strip of kTileRows rows and kStripCols columns, by its first row and column.
+template <class S, class T, class Visit>
+Blocks<S> pack_blocks(const View<T>& source, Pointer<S> data, const Visit& visit) {
   constexpr int R = kTileRows;
   const Blocks<S> blocks{data, round_up(source.rows, R), round_up(source.cols, R), source.rows, source.cols};
   for (int64_t row = 0; row < blocks.rows; row += R)
@@ -151,9 +149,9 @@ Blocks<Acc<T>> pack_blocks(const View<T>& source, Acc<T>* data, const Visit& vis
   return blocks;
 }
 
-template <class T>
-Blocks<Acc<T>> pack_blocks(const View<T>& source, Acc<T>* data) {
-  return pack_blocks(source, data, visit_nothing);
+template <class S, class T>
+Blocks<S> pack_blocks(const View<T>& source, Pointer<S> data) {
+  return pack_blocks<S>(source, data, visit_nothing);
 }
 
 // Packed right operand: panels of kCols columns, rows padded to a multiple of kTileRows.
@@ -182,9 +180,8 @@ struct Panels {
 };
 
 // Writes `source` into the panels from column `col` and row `row` on; the caller pads (zero_padding).
-template <class T>
-void pack_panels(const View<T>& source, const Panels<Acc<T>>& panels, int64_t col = 0, int64_t row = 0) {
-  using S = Acc<T>;
+template <class T, class S>
+void pack_panels(const View<T>& source, const Panels<S>& panels, int64_t col = 0, int64_t row = 0) {
   constexpr int64_t C = kCols<S>;
   for (int64_t begin = 0; begin < source.cols;) {
     const int64_t lane = (col + begin) % C, width = min(C - lane, source.cols - begin);

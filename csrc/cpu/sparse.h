@@ -150,7 +150,7 @@ class SparseStep {
       for (int64_t r = 0; r < rows; ++r)
         w.energy += encode(first + r, product + r * width, code + r * code_stride, slope + r * code_stride, entries);
       const View<double> codes{code, code_stride, 1, rows, K};
-      const Blocks<double> blocks = pack_blocks(codes, block_data);
+      const Blocks<double> blocks = pack_blocks<double>(codes, block_data);
       multiply(blocks, gram_weights.panels(), error, code_stride);
       for (int64_t r = 0; r < rows; ++r)
         w.cross += finish_row(w, first + r, product + r * width, code + r * code_stride, slope + r * code_stride,
@@ -256,7 +256,7 @@ class SparseStep {
       if (wants_code) {
         for (int64_t d = 0; d < count; ++d)
           for (int64_t k = 0; k < K; ++k) tile[d * K + k] = double(decoder_row(first + d)[k]);
-        multiply(pack_blocks<double>({tile, K, 1, count, K}, block_data), code_products, decoded, code_stride);
+        multiply(pack_blocks<double>(View<double>{tile, K, 1, count, K}, block_data), code_products, decoded, code_stride);
       }
       for (int64_t d = 0; d < count; ++d) finish_column(sums, first + d, decoded + d * code_stride, column, encoded + d * K);
       for (int64_t k = 0; args.d_encoder_weight && k < K; ++k)

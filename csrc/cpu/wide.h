@@ -168,7 +168,7 @@ class Left {
   // Calls visit(row, col) after each block.
   template <class U, class Visit>
   void pack(const View<U>& tile, const Visit& visit) {
-    blocks_ = pack_blocks(tile, data_, visit);
+    blocks_ = pack_blocks<S>(tile, data_, visit);
   }
   // out = T·W, row-major, for columns first … first + cols of W and what shares a panel with them; or what out holds and that.
   // Meanwhile the rows that will be packed next are fetched.
