@@ -99,13 +99,14 @@ def _multiplied(
 ) -> list[Tensor | None]:
     """``grad·gradient`` in the dtype of the tensor it belongs to, None where it is not needed.
 
-    When nobody can ask for them again, the gradients are multiplied where they are.
+    When nobody can ask for them again, the gradients are multiplied where they are, unless grad is 1, as it mostly is.
+    A GPU would have to be waited for to learn that.
     """
     wanted = [need and like is not None for like, need in zip(likes, needs, strict=True)]
     chosen = [gradient for gradient, want in zip(gradients, wanted, strict=True) if want]
     if ops.is_watched(grad) or torch._C._autograd._get_current_graph_task_keep_graph():
         chosen = [gradient * grad for gradient in chosen]
-    elif chosen:
+    elif chosen and not (grad.is_cpu and grad.item() == 1):
         torch._foreach_mul_(chosen, grad)
     products = iter(chosen)
     return [
