@@ -23,20 +23,26 @@ constexpr int kGather = kTileRows >= 12 ? 8 : 4;
 // Terms after which a float sum is moved to double.
 constexpr int64_t kTerms = 4096;
 // How far ahead of the sum the rows are fetched: they lie anywhere.
-constexpr int64_t kAhead = 4;
+constexpr int64_t kAhead = 12;
 
 template <class S>
 constexpr int64_t kGatherCols = kGather * kLanes<S>;
 
-// sums[0…width] += Σ values[i] · rows[index[i]·width …], summed in type S; width is a multiple of kGatherCols<S>.
+// sums[0…width] += Σ values[i] · rows[index[i]·width …], summed in type S; width is a multiple of kGatherCols<S>. The next sum will
+// go on in the index, which has `left` entries.
 template <class S, class M>
-void gather(const S* values, const int64_t* index, int64_t count, const M* rows, int64_t width, double* sums) {
+void gather(const S* values, const int64_t* index, int64_t count, int64_t left, const M* rows, int64_t width, double* sums) {
   typedef S Vector __attribute__((vector_size(BYOL_VECTOR_BYTES)));
   typedef M Source __attribute__((vector_size(kLanes<S> * sizeof(M)), aligned(alignof(M)), may_alias));
   for (int64_t first = 0; first < width; first += kGatherCols<S>) {
     Vector sum[kGather] = {};
+    const int64_t after = first + kGatherCols<S>;
+    const auto ahead = [&](int64_t i) {
+      if (i < count) return rows + index[i] * width + first;
+      return after < width ? rows + index[min(i - count, count - 1)] * width + after : rows + index[min(i, left - 1)] * width;
+    };
     for (int64_t i = 0; i < count; ++i) {
-      const M* next = rows + index[min(i + kAhead, count - 1)] * width + first;
+      const M* next = ahead(i + kAhead);
 #pragma GCC unroll 16
       for (int64_t line = 0; line < kGatherCols<S>; line += 64 / int64_t(sizeof(M))) __builtin_prefetch(next + line);
       const Source* row = reinterpret_cast<const Source*>(rows + index[i] * width + first);
@@ -173,7 +179,7 @@ class SparseStep {
       energy += x * (x - 2 * bias);
     }
     std::memset(product, 0, width * sizeof(double));
-    gather<double>(entries, args.columns + begin, count, static_cast<const S*>(weights), width, product);
+    gather<double>(entries, args.columns + begin, count, args.row_starts[args.rows] - begin, static_cast<const S*>(weights), width, product);
     for (int64_t k = 0; k < K; ++k) code[k] = product[k] + double(encoder_bias[k]);
     activate<double>(args.activation, code, code, slope, K);
     return energy;
@@ -269,7 +275,7 @@ class SparseStep {
     const int64_t begin = column_starts[d], end = column_starts[d + 1];
     std::memset(column, 0, width * sizeof(double));
     for (int64_t i = begin; i < end; i += kTerms)
-      gather<S>(column_values + i, column_rows + i, min(kTerms, end - i), static_cast<const S*>(values), width, column);
+      gather<S>(column_values + i, column_rows + i, min(kTerms, end - i), column_starts[D] - i, static_cast<const S*>(values), width, column);
     const double bias = double(decoder_bias[d]);
     for (int64_t k = 0; k < K; ++k) {
       const double decoder_part = wants_code ? decoded[k] + bias * sums.code_sum[k] : 0;
