@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -36,13 +37,19 @@ def measure(case_id: str, variant: str) -> int:
     for _ in range(2):
         run()
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    _release_memory()
     _RESET.write_text("5")
     before = _status("VmRSS")
     results = run()
     peak = _status("VmHWM")
     del results
     return peak - before
+
+
+def _release_memory() -> None:
+    ctypes.CDLL(None).malloc_trim(0)
+    if importlib.util.find_spec("byol_fast._native"):
+        importlib.import_module("byol_fast._native").release_memory()
 
 
 def _status(field: str) -> int:

@@ -208,6 +208,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("sparse_step", &sparse_step);
   module.def("step_input_gradients", &step_input_gradients);
   module.def("scatter", &scatter);
+  module.def("release_memory", &byol::release_memory);
   py::class_<LargeBlock>(module, "LargeBlock", py::module_local(), py::buffer_protocol())
       .def(py::init<int64_t>())
       .def_buffer(&LargeBlock::buffer);

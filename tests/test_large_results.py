@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,3 +69,19 @@ def test_memory_is_used_again_once_nobody_has_it() -> None:
     del view, second, third
     gc.collect()
     assert large().data_ptr() in addresses, "memory was mapped anew"
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell how much memory is resident")
+def test_memory_that_is_kept_can_be_released() -> None:
+    from byol_fast import _native
+
+    large()
+    gc.collect()
+    before = resident_bytes()
+    _native.release_memory()
+    assert before - resident_bytes() > 30 * 2**20, "a result of 32 MiB is still there"
+    assert large().isfinite().all()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

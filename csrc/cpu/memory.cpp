@@ -72,6 +72,10 @@ class Kept {
     bytes_ += region.bytes;
     offer_older();
   }
+  void release() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    while (!regions_.empty()) unmap(remove(regions_.size() - 1));
+  }
   // Around a fork: in the child, a mutex that another thread had would stay locked for ever.
   void lock() { mutex_.lock(); }
   void unlock() { mutex_.unlock(); }
@@ -121,5 +125,7 @@ void give_memory(void* data, int64_t bytes) {
   if (bytes < kLeast) return std::free(data);
   kept().give({data, rounded(bytes, kPage)});
 }
+
+void release_memory() { kept().release(); }
 
 }  // namespace byol

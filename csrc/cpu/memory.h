@@ -14,5 +14,7 @@ namespace byol {
 void* take_memory(int64_t bytes);
 // Back again, with the same number of bytes; nothing for a null pointer.
 void give_memory(void* data, int64_t bytes);
+// All that is kept goes back to the system.
+void release_memory();
 
 }  // namespace byol
