@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import resource
+import os
 from pathlib import Path
 
 import pytest
@@ -71,7 +71,7 @@ def test_memory_is_used_again_once_nobody_has_it() -> None:
     assert large().data_ptr() in addresses, "memory was mapped anew"
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell how much memory is resident")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell what is resident")
 def test_memory_that_is_kept_can_be_released() -> None:
     from byol_fast import _native
 
@@ -84,4 +84,4 @@ def test_memory_that_is_kept_can_be_released() -> None:
 
 
 def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
