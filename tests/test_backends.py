@@ -14,7 +14,7 @@ from contract import Operands, make_operands
 
 import byol_fast as bf
 from byol_fast import reference
-from byol_fast.backends import Call
+from byol_fast.backends import Call, Weights, kernels
 from byol_fast.backends.crossovers import Crossovers
 
 NATIVE = bf.backends()["native"].available
@@ -100,6 +100,16 @@ def test_explain_tells_backend_form_and_reason(backend: str, tied: bool) -> None
     assert ("direct" in explanation.form) if backend == "reference" else ("gram" in explanation.form)
     assert ("tied" in explanation.form) == (tied and backend != "reference")
     assert str(explanation) == f"backend {backend} (chosen by name), form: {explanation.form}"
+
+
+@needs_native
+def test_native_sums_over_no_rows_are_zero() -> None:
+    operands, native = make_operands(0, 5, 2), kernels("native")
+    weights = Weights(operands.encoder_weight, operands.decoder_weight, operands.encoder_bias, operands.decoder_bias)
+    step = native.step(operands.input, None, weights, "identity", [True] * 4, False, 1.0)[:5]
+    grad, code = torch.empty(0, 5), torch.empty(0, 2)
+    layer = native.bottleneck_backward(grad, operands.input, weights, code, "identity", False, [False] + [True] * 4)
+    assert not any(result.any() for result in [*step, *layer[1:]])
 
 
 @pytest.mark.parametrize("instruction_set", ["amx", "avx512_bf16", "avx2"])

@@ -124,7 +124,7 @@ class Native:
         input, weights = _rows(input), _weight_rows(weights)
         sizes = _sizes(input, weights)
         output = _result(input, (sizes[0], sizes[2]))
-        code = input.new_empty((sizes[0], sizes[3]), dtype=accumulation_dtype(input.dtype)) if save_code else None
+        code = _result(input, (sizes[0], sizes[3]), accumulation_dtype(input.dtype)) if save_code else None
         _native.forward(
             _DTYPES[input.dtype],
             _ACTIVATIONS[activation],
@@ -183,9 +183,7 @@ class Native:
         sizes = _sizes(input, weights)
         dtype = accumulation_dtype(input.dtype)
         d_weights = _weight_gradients(input, sizes, needs, _result)
-        code, code_gradient = (
-            input.new_empty((sizes[0], sizes[3]), dtype=dtype) if save_codes else None for _ in range(2)
-        )
+        code, code_gradient = (_result(input, (sizes[0], sizes[3]), dtype) if save_codes else None for _ in range(2))
         total = _sum_like(input)
         _native.step(
             _DTYPES[input.dtype],

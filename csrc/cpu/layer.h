@@ -278,6 +278,9 @@ class Backward {
     };
     biases(args.d_encoder_bias, K, &Worker::slope_sum);
     biases(args.d_decoder_bias, args.out_features, &Worker::grad_sum);
+    // Of no rows, all sums are zero.
+    if (args.d_encoder_weight) workers[0].encoder_sums.begin(false);
+    if (wants_code) workers[0].decoder_sums.begin(false);
     parallel_for(threads, [&](int thread) {
       const int64_t k = share(K, thread, threads), d = share(args.out_features, thread, threads);
       if (args.d_encoder_weight) encoder_gradient(workers, k, share(K, thread + 1, threads) - k);

@@ -375,6 +375,8 @@ class Step {
       for (int64_t k = 0; k < K; ++k) workers[0].slope_sum[k] += workers[i].slope_sum[k];
     if (args.d_encoder_bias)
       for (int64_t k = 0; k < K; ++k) static_cast<S*>(args.d_encoder_bias)[k] = S(c * workers[0].slope_sum[k]);
+    // Of no rows, all sums are zero.
+    if (input_width()) workers[0].input_sums.begin(false);
     Weights<N> code_products;
     if (wants_code) finish_code_products(workers, code_products);
     parallel_for(threads, [&](int thread) { finish_weights(workers, thread, code_products); });
