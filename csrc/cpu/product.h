@@ -129,7 +129,8 @@ void pack_strip(const View<T>& source, int64_t row, int64_t col, int64_t rows, i
   }
 }
 
-// In numbers of type S; calls visit(row, col) after each strip of kTileRows rows and kStripCols columns, by its first row and column.
+// In numbers of type S; calls visit(row, col) after each strip of kTileRows rows and kStripCols columns, by its first row and
+// column.
 template <class S, class T, class Visit>
 Blocks<S> pack_blocks(const View<T>& source, Pointer<S> data, const Visit& visit) {
   constexpr int R = kTileRows;
@@ -362,7 +363,8 @@ void multiply_transposed(const Blocks<S>& a, const Panels<S>& b, const Panels<S>
       for (int64_t col = 0; col < end(j); col += kTileRows)
         with_edges<S>(a.live_cols - col, b.live_cols - j * kCols<S>, [&](auto rows, auto vectors) {
           register_tile<S, true, rows.value, vectors.value>(a.data + depth * a.cols + col * kTileRows, a.stride(),
-                                                            b.row(depth, j), steps, c.row(col, j), kCols<S>, depth > 0 ? Into::add : into, nothing);
+                                                            b.row(depth, j), steps, c.row(col, j), kCols<S>,
+                                                            depth > 0 ? Into::add : into, nothing);
         });
   }
 }

@@ -1,5 +1,4 @@
-// The training step of a sparse X in CSR form (T is X), without a dense row: Σ R² and, times c, the gradients of
-// ½ Σ R².
+// The training step of a sparse X in CSR form (T is X), without a dense row: Σ R² and, times c, the gradients of ½ Σ R².
 //
 //   Q = X Wd − bd Wd,  E = Z G − Q,  Σ R² = Σ A² + Σ Z ⊙ (E − Q),  Σ A² = Σ stored ((x − bd)² − bd²) + N ‖bd‖²
 //   dWe = dUᵀ X,  dWd = Wd (ZᵀZ) − XᵀZ + bd (Σz)ᵀ,  dbe = Σ dU,  dbd = Wd Σz + N bd − Σ x
@@ -28,8 +27,8 @@ constexpr int64_t kAhead = 12;
 template <class S>
 constexpr int64_t kGatherCols = kGather * kLanes<S>;
 
-// sums[0…width] += Σ values[i] · rows[index[i]·width …], summed in type S; width is a multiple of kGatherCols<S>. The next sum will
-// go on in the index, which has `left` entries.
+// sums[0…width] += Σ values[i] · rows[index[i]·width …], summed in type S; width is a multiple of kGatherCols<S>. The index has
+// `left` entries: the next sum goes on there, and its first rows are fetched, too.
 template <class S, class M>
 void gather(const S* values, const int64_t* index, int64_t count, int64_t left, const M* rows, int64_t width, double* sums) {
   typedef S Vector __attribute__((vector_size(BYOL_VECTOR_BYTES)));
@@ -179,7 +178,8 @@ class SparseStep {
       energy += x * (x - 2 * bias);
     }
     std::memset(product, 0, width * sizeof(double));
-    gather<double>(entries, args.columns + begin, count, args.row_starts[args.rows] - begin, static_cast<const S*>(weights), width, product);
+    gather<double>(entries, args.columns + begin, count, args.row_starts[args.rows] - begin, static_cast<const S*>(weights), width,
+                   product);
     for (int64_t k = 0; k < K; ++k) code[k] = product[k] + double(encoder_bias[k]);
     activate<double>(args.activation, code, code, slope, K);
     return energy;
@@ -275,7 +275,8 @@ class SparseStep {
     const int64_t begin = column_starts[d], end = column_starts[d + 1];
     std::memset(column, 0, width * sizeof(double));
     for (int64_t i = begin; i < end; i += kTerms)
-      gather<S>(column_values + i, column_rows + i, min(kTerms, end - i), column_starts[D] - i, static_cast<const S*>(values), width, column);
+      gather<S>(column_values + i, column_rows + i, min(kTerms, end - i), column_starts[D] - i, static_cast<const S*>(values), width,
+                column);
     const double bias = double(decoder_bias[d]);
     for (int64_t k = 0; k < K; ++k) {
       const double decoder_part = wants_code ? decoded[k] + bias * sums.code_sum[k] : 0;

@@ -158,8 +158,8 @@ class Left {
   using S = Acc<T>;
 
  public:
-  // The bytes of a number, of a tile, and its rows at high rank and where rows are few (tile_rows). Rows are padded to a multiple of kRows; packing
-  // goes by blocks of so many rows and columns.
+  // The bytes of a number, of a tile, and its rows at high rank and where rows are few (tile_rows). Rows are padded to a multiple of
+  // kRows; packing goes by blocks of so many rows and columns.
   static constexpr int64_t kBytes = sizeof(S), kTileBytes = BYOL_ISA::kTileBytes, kHighRankRows = BYOL_ISA::kHighRankRows,
                            kFewRows = BYOL_ISA::kFewRows;
   static constexpr int64_t kRows = kTileRows, kBlockRows = kTileRows, kBlockCols = kStripCols;
