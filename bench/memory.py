@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -48,8 +47,11 @@ def measure(case_id: str, variant: str) -> int:
 
 def _release_memory() -> None:
     ctypes.CDLL(None).malloc_trim(0)
-    if importlib.util.find_spec("byol_fast._native"):
-        importlib.import_module("byol_fast._native").release_memory()
+    try:
+        from byol_fast import _native
+    except ImportError:
+        return
+    _native.release_memory()
 
 
 def _status(field: str) -> int:

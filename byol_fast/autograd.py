@@ -110,12 +110,13 @@ def _multiplied(
         torch._foreach_mul_(chosen, grad)
     products = iter(chosen)
     return [
-        _as(next(products), like.dtype) if want and like is not None else None
+        as_dtype(next(products), like.dtype) if want and like is not None else None
         for like, want in zip(likes, wanted, strict=True)
     ]
 
 
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, without its cost where there is nothing to do."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 

@@ -80,7 +80,7 @@ def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean", weight: Ten
     loss_dtype = dtype if autocast_dtype(input) is None else torch.promote_types(dtype, torch.float32)
     total = autograd.squared_error(input, target, backend)
     loss = total / input.numel() if reduction == "mean" else total
-    return loss if loss.dtype == loss_dtype else loss.to(loss_dtype)
+    return autograd.as_dtype(loss, loss_dtype)
 
 
 def bottleneck(
@@ -190,7 +190,7 @@ def bottleneck_mse_loss(
         loss = autograd.bottleneck_mse_loss(
             _matrix(tensors.input), goal, tensors.weights(), activation, reduction, backend
         )
-    return loss if loss.dtype == loss_dtype else loss.to(loss_dtype)
+    return autograd.as_dtype(loss, loss_dtype)
 
 
 def _small_bottleneck(

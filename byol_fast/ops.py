@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Weights, accumulation_dtype, kernels
+from .backends import Weights, accumulation_dtype, kernels, wanted
 
 _library = torch.library.Library("byol_fast", "DEF")
 
@@ -81,11 +81,6 @@ def is_watched(tensor: Tensor) -> bool:
     )
 
 
-def _wanted(results: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
-    """The results asked for, None for the others."""
-    return [result if need else None for result, need in zip(results, needs, strict=True)]
-
-
 def _sum_like(input: Tensor) -> Tensor:
     return input.new_empty((), dtype=accumulation_dtype(input.dtype))
 
@@ -124,74 +119,74 @@ def _squared_error_fake(input: Tensor, *_: Any) -> Tensor:
 def _squared_error_backward(
     input: Tensor, target: Tensor, scale: Tensor, needs: Sequence[bool], backend: str
 ) -> list[Tensor | None]:
-    return _wanted(kernels(backend).squared_error_backward(input, target, scale, needs), needs)
+    return wanted(kernels(backend).squared_error_backward(input, target, scale, needs), needs)
 
 
 def _squared_error_backward_fake(
     input: Tensor, target: Tensor, scale: Tensor, needs: Sequence[bool], *_: Any
 ) -> list[Tensor | None]:
-    return _wanted([torch.empty_like(input), torch.empty_like(target)], needs)
+    return wanted([torch.empty_like(input), torch.empty_like(target)], needs)
 
 
 def _bottleneck(input: Tensor, *rest: Any) -> list[Tensor | None]:
     weights, (activation, residual, save_code, backend) = _split(rest)
-    return _wanted(kernels(backend).bottleneck(input, weights, activation, residual, save_code), (True, save_code))
+    return wanted(kernels(backend).bottleneck(input, weights, activation, residual, save_code), (True, save_code))
 
 
 def _bottleneck_fake(input: Tensor, *rest: Any) -> list[Tensor | None]:
     weights, (_, _, save_code, _) = _split(rest)
     rows = input.shape[0]
     results = [input.new_empty(rows, weights.out_features), _empty(input, rows, weights.rank)]
-    return _wanted(results, (True, save_code))
+    return wanted(results, (True, save_code))
 
 
 def _bottleneck_backward(grad: Tensor, input: Tensor, *rest: Any) -> list[Tensor | None]:
     weights, (code, activation, residual, needs, backend) = _split(rest)
     results = kernels(backend).bottleneck_backward(grad, input, weights, code, activation, residual, needs)
-    return _wanted(results, needs)
+    return wanted(results, needs)
 
 
 def _bottleneck_backward_fake(grad: Tensor, input: Tensor, *rest: Any) -> list[Tensor | None]:
     weights, (*_, needs, _) = _split(rest)
-    return _wanted([input.new_empty(input.shape), *_weight_gradients(input, weights)], needs)
+    return wanted([input.new_empty(input.shape), *_weight_gradients(input, weights)], needs)
 
 
 def _step(input: Tensor, target: Tensor | None, *rest: Any) -> list[Tensor | None]:
     weights, (activation, reduction, needs, save_codes, backend) = _split(rest)
     scale = _scale(reduction, input.shape[0] * weights.out_features)
     results = kernels(backend).step(input, target, weights, activation, needs, save_codes, scale)
-    return _wanted(results, (True, *needs, save_codes, save_codes))
+    return wanted(results, (True, *needs, save_codes, save_codes))
 
 
 def _step_fake(input: Tensor, target: Tensor | None, *rest: Any) -> list[Tensor | None]:
     weights, (_, _, needs, save_codes, _) = _split(rest)
     codes = [_empty(input, input.shape[0], weights.rank) for _ in range(2)]
     results = [_sum_like(input), *_weight_gradients(input, weights), *codes]
-    return _wanted(results, (True, *needs, save_codes, save_codes))
+    return wanted(results, (True, *needs, save_codes, save_codes))
 
 
 def _sparse_step(row_starts: Tensor, columns: Tensor, values: Tensor, *rest: Any) -> list[Tensor | None]:
     weights, (activation, reduction, needs, backend) = _split(rest)
     scale = _scale(reduction, (row_starts.numel() - 1) * weights.out_features)
     results = kernels(backend).sparse_step((row_starts, columns, values), weights, activation, needs, scale)
-    return _wanted(results, (True, *needs))
+    return wanted(results, (True, *needs))
 
 
 def _sparse_step_fake(row_starts: Tensor, columns: Tensor, values: Tensor, *rest: Any) -> list[Tensor | None]:
     weights, (_, _, needs, _) = _split(rest)
-    return _wanted([_sum_like(values), *_weight_gradients(values, weights)], (True, *needs))
+    return wanted([_sum_like(values), *_weight_gradients(values, weights)], (True, *needs))
 
 
 def _step_input_gradients(input: Tensor, target: Tensor | None, *rest: Any) -> list[Tensor | None]:
     weights, (code, code_gradient, scale, needs, backend) = _split(rest)
     results = kernels(backend).step_input_gradients(input, target, weights, code, code_gradient, scale, needs)
-    return _wanted(results, needs)
+    return wanted(results, needs)
 
 
 def _step_input_gradients_fake(input: Tensor, target: Tensor | None, *rest: Any) -> list[Tensor | None]:
     *_, needs, _ = rest
     results = [input.new_empty(input.shape), input.new_empty((input if target is None else target).shape)]
-    return _wanted(results, needs)
+    return wanted(results, needs)
 
 
 _define(

@@ -133,6 +133,24 @@ def test_rules_for_pytorch(
     assert found is None if reason is None else found is not None and found.startswith(reason)
 
 
+@pytest.mark.parametrize("instruction_set", ["avx512_bf16", "avx2"])
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ((1024, 1024, 256), "PyTorch is faster on fewer rows than "),
+        ((65536, 64, 48), "PyTorch is faster on fewer features than "),
+    ],
+)
+def test_rules_for_pytorch_that_tiles_do_not_need(
+    instruction_set: str, shape: tuple[int, int, int], reason: str
+) -> None:
+    rows, features, rank = shape
+    call = Call("bottleneck_mse_loss", torch.float32, rows, features, features, rank, gradients=True)
+    found = Crossovers(instruction_set).reason_for_pytorch(call)
+    assert (found or "").startswith(reason)
+    assert Crossovers("amx").reason_for_pytorch(call) is None
+
+
 def test_a_layer_is_the_kernels_for_its_rank_or_its_outputs() -> None:
     rules = Crossovers("amx")
     for rows, rank, native in ((4096, 16, False), (4096, 32, True), (8192, 16, True)):

@@ -21,7 +21,7 @@ from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import verified
-from .base import Backend, Call, Kernels, Weights, accumulation_dtype
+from .base import Backend, Call, Kernels, Weights, accumulation_dtype, wanted
 from .crossovers import FEW_ELEMENTS
 from .cuda import Cuda
 from .gram import Gram
@@ -44,6 +44,7 @@ __all__ = [
     "kernels",
     "scatter_kernel",
     "use_backend",
+    "wanted",
 ]
 
 

@@ -193,6 +193,11 @@ def dense_blocks(
     return sums
 
 
+def wanted(results: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+    """The results asked for, None for the others."""
+    return [result if need else None for result, need in zip(results, needs, strict=True)]
+
+
 def scaled(results: Sequence[Tensor | None], scale: float) -> list[Tensor | None]:
     """What :meth:`Kernels.step` returns, of Σ R² and the gradients of ½ Σ R², which are overwritten, and more."""
     for some, factor in ((results[:1], scale), (results[1:5], 2 * scale)):

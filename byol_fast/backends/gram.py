@@ -26,6 +26,7 @@ from .base import (
     scaled,
     step_dtype,
     tf32_allowed,
+    wanted,
 )
 
 _DIRECT_BELOW = {torch.float32: 4e-3, torch.float64: 1e-3}
@@ -138,9 +139,8 @@ class Gram:
         step = _Step(activation, *few_rows_as_float(input, target, weights))
         total, gradients = step.run(any(needs) or save_codes)
         tied_needs = (needs[0], needs[1] and weights.decoder is not None, *needs[2:])
-        wanted = [g if need else None for g, need in zip(gradients, tied_needs, strict=True)]
         codes = [step.code, step.slope] if save_codes else [None, None]
-        return scaled([total, *wanted, *codes], scale)
+        return scaled([total, *wanted(gradients, tied_needs), *codes], scale)
 
     def sparse_step(
         self,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import verified
-from ..base import Call, Weights, few_rows_as_float, scaled, step_dtype, tf32_allowed
+from ..base import Call, Weights, few_rows_as_float, scaled, step_dtype, tf32_allowed, wanted
 from ..gram import Gram
 from . import tune
 from .config import MAX_RANK
@@ -153,7 +153,7 @@ class Triton:
         with launch.on_device(input):
             more = (input, *weights[:2], code, activation, residual, needs[0], any(needs[1:]))
             results = tune.run(launch.backward, ("backward", "collect"), grad, weights.rank, *more)
-        return _wanted(results, needs)
+        return wanted(results, needs)
 
     def step(
         self,
@@ -172,7 +172,7 @@ class Triton:
             input, target, weights = few_rows_as_float(input, target, weights)
             more = (target, *weights, activation, any(needs), save_codes)
             results = tune.run(launch.step, ("encode", "collect"), input, weights.rank, *more)
-        return scaled(_wanted(results, (True, *needs, save_codes, save_codes)), scale)
+        return scaled(wanted(results, (True, *needs, save_codes, save_codes)), scale)
 
     def sparse_step(
         self,
@@ -206,7 +206,3 @@ class Triton:
 
 def _fits(input: Tensor, weights: Weights) -> bool:
     return input.dtype != torch.float64 and weights.rank <= MAX_RANK
-
-
-def _wanted(results: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
-    return [result if need else None for result, need in zip(results, needs, strict=True)]
