@@ -45,31 +45,38 @@ def bottleneck(input: Tensor, weights: Weights, activation: str, residual: bool,
 
 
 def bottleneck_mse_loss(
-    input: Tensor, target: Tensor | None, weights: Weights, activation: str, reduction: str, backend: str
+    input: Tensor,
+    target: Tensor | None,
+    weights: Weights,
+    activation: str,
+    reduction: str,
+    dtype: torch.dtype,
+    backend: str,
 ) -> Tensor:
-    """Mean or sum of (decode(f(encode(input))) − target)², 0-dim, in the accumulation dtype; no target: the input."""
+    """Mean or sum of (decode(f(encode(input))) − target)², 0-dim, in this dtype; no target: the input."""
     tensors = (input, target, *weights)
     needs = _needs(*tensors)
     if any(needs):
-        results = _apply(_Step, *tensors, activation, reduction, needs, backend)
-    else:
-        results = ops.step(*tensors, activation, reduction, needs[2:], False, backend)
-    loss: Tensor = results[0]
-    return loss
+        loss: Tensor = _apply(_Step, *tensors, activation, reduction, dtype, needs, backend)[0]
+        return loss
+    return as_dtype(ops.step(*tensors, activation, reduction, needs[2:], False, backend)[0], dtype)
 
 
 def sparse_bottleneck_mse_loss(
-    csr: tuple[Tensor, Tensor, Tensor], weights: Weights, activation: str, reduction: str, backend: str
+    csr: tuple[Tensor, Tensor, Tensor],
+    weights: Weights,
+    activation: str,
+    reduction: str,
+    dtype: torch.dtype,
+    backend: str,
 ) -> Tensor:
     """:func:`bottleneck_mse_loss` of an input in CSR form, which is its own target and has no gradient."""
     tensors = (*csr, *weights)
     needs = _needs(*tensors)
     if any(needs):
-        results = _apply(_SparseStep, *tensors, activation, reduction, needs, backend)
-    else:
-        results = ops.sparse_step(*tensors, activation, reduction, needs[3:], backend)
-    loss: Tensor = results[0]
-    return loss
+        loss: Tensor = _apply(_SparseStep, *tensors, activation, reduction, dtype, needs, backend)[0]
+        return loss
+    return as_dtype(ops.sparse_step(*tensors, activation, reduction, needs[3:], backend)[0], dtype)
 
 
 def _needs(*tensors: Tensor | None) -> list[bool]:
@@ -107,7 +114,7 @@ def _multiplied(
     if ops.is_watched(grad) or torch._C._autograd._get_current_graph_task_keep_graph():
         chosen = [gradient * grad for gradient in chosen]
     elif chosen and not (grad.is_cpu and grad.item() == 1):
-        torch._foreach_mul_(chosen, grad)
+        torch._foreach_mul_(chosen, as_dtype(grad, chosen[0].dtype))
     products = iter(chosen)
     return [
         as_dtype(next(products), like.dtype) if want and like is not None else None
@@ -253,19 +260,20 @@ class _BottleneckBackward(_Kernel):
 class _Step(_Kernel):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor | None, ...]:
-        *tensors, activation, reduction, needs, backend = args
-        return tuple(ops.step(*tensors, activation, reduction, needs[2:], any(needs[:2]), backend))
+        *tensors, activation, reduction, dtype, needs, backend = args
+        loss, *others = ops.step(*tensors, activation, reduction, needs[2:], any(needs[:2]), backend)
+        return as_dtype(loss, dtype), *others
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        *tensors, ctx.activation, ctx.reduction, ctx.needs, ctx.backend = inputs
+        *tensors, ctx.activation, ctx.reduction, _, ctx.needs, ctx.backend = inputs
         ctx.mark_non_differentiable(*(result for result in output[1:] if result is not None))
         ctx.save_for_backward(*tensors, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         options = (ctx.activation, ctx.reduction, ctx.needs, ctx.backend)
-        return *_backward(_StepBackward, grad, *ctx.saved_tensors, *options), None, None, None, None
+        return *_backward(_StepBackward, grad, *ctx.saved_tensors, *options), *[None] * 5
 
 
 class _StepBackward(_Kernel):
@@ -277,7 +285,7 @@ class _StepBackward(_Kernel):
         if not any(needs[:2]):
             return None, None, *weights
         count = tensors[0].shape[0] * Weights(*tensors[2:]).out_features
-        scale = 2 * grad / count if reduction == "mean" else 2 * grad
+        scale = 2 * as_dtype(grad, code.dtype) / (count if reduction == "mean" else 1)
         data = ops.step_input_gradients(*tensors, code, code_gradient, scale, needs[:2], backend)
         return *(result if need else None for result, need in zip(data, needs[:2], strict=True)), *weights
 
@@ -304,19 +312,20 @@ class _StepBackward(_Kernel):
 class _SparseStep(_Kernel):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor | None, ...]:
-        *tensors, activation, reduction, needs, backend = args
-        return tuple(ops.sparse_step(*tensors, activation, reduction, needs[3:], backend))
+        *tensors, activation, reduction, dtype, needs, backend = args
+        loss, *others = ops.sparse_step(*tensors, activation, reduction, needs[3:], backend)
+        return as_dtype(loss, dtype), *others
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        *tensors, ctx.activation, ctx.reduction, ctx.needs, _ = inputs
+        *tensors, ctx.activation, ctx.reduction, _, ctx.needs, _ = inputs
         ctx.mark_non_differentiable(*(result for result in output[1:] if result is not None))
         ctx.save_for_backward(*tensors, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         options = (ctx.activation, ctx.reduction, ctx.needs)
-        return *_backward(_SparseStepBackward, grad, *ctx.saved_tensors, *options), None, None, None, None
+        return *_backward(_SparseStepBackward, grad, *ctx.saved_tensors, *options), *[None] * 5
 
 
 class _SparseStepBackward(_Kernel):

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import autograd, reference
-from .backends import FEW_ELEMENTS, Call, Weights, choose, current, form
+from .backends import FEW_ELEMENTS, Call, choose, current, form
+from .remembered import recall, remember, signature
 from .validation import (
     REDUCTIONS,
     Operands,
@@ -115,13 +117,8 @@ def bottleneck(
     small = _small_bottleneck(tensors, activation, residual)
     if small is not None:
         return small
-    check_bottleneck(tensors, activation)
-    if residual and tensors.out_features != tensors.in_features:
-        raise ValueError(
-            f"residual: expected out_features = in_features = {tensors.in_features} to add the input to the output, "
-            f"got out_features = {tensors.out_features}"
-        )
-    backend = _backend(tensors.present(), tensors.as_call("bottleneck"))
+    call = signature(tensors, activation, residual)
+    backend = recall(call) or remember(call, _layer_backend(tensors, activation, residual))
     if backend == "reference":
         return reference.bottleneck(*tensors.operands(), activation=activation, residual=residual)
     tensors = tensors.cast()
@@ -164,38 +161,48 @@ def bottleneck_mse_loss(
         TypeError: an argument is no tensor, is sparse, or has another dtype than ``input``.
         ValueError: a shape, device or name does not fit; the message names the argument.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
     tensors = Operands(input, encoder_weight, decoder_weight, encoder_bias, decoder_bias, target)
-    small = _small_bottleneck(tensors, activation, sparse=True)
-    if small is not None:
-        wanted = input if target is None else target
-        if are_alike(input, wanted) and wanted.shape == small.shape:
-            return reference.mse_loss(small, wanted, reduction)
-    check_bottleneck(tensors, activation, sparse=True)
-    check_target(tensors, reduction)
+    call = signature(tensors, activation, reduction)
+    backend = recall(call) or remember(call, _loss_backend(tensors, activation, reduction))
     if reduction == "none":
         output = bottleneck(*tensors.operands(), activation=activation)
         return mse_loss(output, input if target is None else target, "none")
-    backend = _backend(tensors.present(), tensors.as_call("bottleneck_mse_loss"))
     if backend == "reference":
         return reference.bottleneck_mse_loss(
             *tensors.operands(), target=target, activation=activation, reduction=reduction
         )
-    loss_dtype = input.dtype if autocast_dtype(input) is None else torch.promote_types(input.dtype, torch.float32)
-    tensors = tensors.cast()
-    if is_sparse(tensors.input):
-        loss: Tensor = _sparse_loss(tensors.input, tensors.weights(), activation, reduction, backend)
+    loss_dtype = input.dtype
+    # A call with a signature is neither sparse nor under autocast.
+    if call is None and autocast_dtype(input) is not None:
+        loss_dtype = torch.promote_types(input.dtype, torch.float32)
+        tensors = tensors.cast()
+    options = (tensors.weights(), activation, reduction, loss_dtype, backend)
+    if call is None and is_sparse(tensors.input):
+        loss: Tensor = _sparse_loss(tensors.input, *options)
     else:
         goal = None if tensors.target is None else _matrix(tensors.target)
-        loss = autograd.bottleneck_mse_loss(
-            _matrix(tensors.input), goal, tensors.weights(), activation, reduction, backend
+        loss = autograd.bottleneck_mse_loss(_matrix(tensors.input), goal, *options)
+    return loss
+
+
+def _layer_backend(tensors: Operands, activation: str, residual: bool) -> str:
+    check_bottleneck(tensors, activation)
+    if residual and tensors.out_features != tensors.in_features:
+        raise ValueError(
+            f"residual: expected out_features = in_features = {tensors.in_features} to add the input to the output, "
+            f"got out_features = {tensors.out_features}"
         )
-    return autograd.as_dtype(loss, loss_dtype)
+    return _backend(tensors.present(), tensors.as_call("bottleneck"))
 
 
-def _small_bottleneck(
-    tensors: Operands, activation: str, residual: bool = False, sparse: bool = False
-) -> Tensor | None:
+def _loss_backend(tensors: Operands, activation: str, reduction: str) -> str:
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_bottleneck(tensors, activation, sparse=True)
+    check_target(tensors, reduction)
+    return _backend(tensors.present(), tensors.as_call("bottleneck_mse_loss"))
+
+
+def _small_bottleneck(tensors: Operands, activation: str, residual: bool) -> Tensor | None:
     """The output of a layer that ``auto`` leaves to PyTorch for its size, without the cost of checks and choice.
 
     None if the call is not one of these.
@@ -208,7 +215,7 @@ def _small_bottleneck(
         output = reference.bottleneck(*tensors.operands(), activation=activation)
     except Exception:
         # The checks name the mistake; an error of which they know nothing shows as it is.
-        check_bottleneck(tensors, activation, sparse)
+        check_bottleneck(tensors, activation)
         raise
     if not residual:
         return output
@@ -260,10 +267,10 @@ def _is_empty(call: Call) -> bool:
 
 # The compiler cannot trace into sparse tensors.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _sparse_loss(matrix: Tensor, weights: Weights, activation: str, reduction: str, backend: str) -> Tensor:
+def _sparse_loss(matrix: Tensor, *options: Any) -> Tensor:
     csr = matrix.to_sparse_csr() if matrix.layout == torch.sparse_coo else matrix
     parts = (csr.crow_indices().long(), csr.col_indices().long(), csr.values())
-    return autograd.sparse_bottleneck_mse_loss(parts, weights, activation, reduction, backend)
+    return autograd.sparse_bottleneck_mse_loss(parts, *options)
 
 
 def _matrix(tensor: Tensor) -> Tensor:
