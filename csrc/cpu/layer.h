@@ -97,9 +97,8 @@ void forward(const ForwardArgs& args) {
     Buffer<S> code(height * stride), scratch(height * kOutputCols);
     for_each_tile(args, thread, threads, height, [&](int64_t first, int64_t rows) {
       const View<T> input = input_view<T>(args).slice(first, rows);
-      fill_rows<S>(code, stride, rows, encoder_bias, K);
       inputs.pack(input, visit_nothing);
-      inputs.multiply(encoder, 0, K, code, stride, Into::begin, next_tile(input_view<T>(args), first + rows, height));
+      inputs.multiply(encoder, 0, K, code, stride, Into::store, next_tile(input_view<T>(args), first + rows, height), encoder_bias);
       for (int64_t r = 0; r < rows; ++r) {
         S* row = code + r * stride;
         if (args.preactivation)

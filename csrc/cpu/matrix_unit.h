@@ -23,16 +23,6 @@ Acc<T> kept(Acc<T> x) {
 }
 
 #else
-}
-
-// GCC warns of its own header.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-
-namespace byol::BYOL_ISA {
 
 // Compilers do not know how much the instructions on tiles read and write.
 inline void in_memory(const void* data) { asm volatile("" : : "r"(data) : "memory"); }
@@ -95,32 +85,6 @@ inline void split(const U* x, __m512i* parts) {
 template <>
 inline void split<1>(const bf16* x, __m512i* parts) {
   parts[0] = _mm512_loadu_si512(x);
-}
-
-// Transposes 16×16 numbers of 32 bits.
-inline void transpose(__m512i* rows) {
-  __m512i pairs[16];
-  for (int i = 0; i < 16; i += 2) {
-    pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-  // Within each 128 bits, a 4×4 transposition of four rows.
-  __m512i fours[16];
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      fours[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + 2 + j]);
-      fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + 2 + j]);
-    }
-  // Then one of 4×4 pieces of 128 bits.
-  for (int j = 0; j < 4; ++j) {
-    const __m512i a = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0x44), b = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0xee);
-    const __m512i c = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0x44);
-    const __m512i d = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0xee);
-    rows[j] = _mm512_shuffle_i32x4(a, c, 0x88);
-    rows[4 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    rows[8 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
-    rows[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
-  }
 }
 
 // What is left of a number in the parts of a type.

@@ -92,10 +92,10 @@ double dot(const S* a, const double* b, int64_t count) {
   return total;
 }
 
-// A bias in the accumulation type; zeros when it is absent.
+// A bias in the accumulation type, with zeros up to the end of a panel; all zeros when it is absent.
 template <class T>
 void load_bias(const void* bias, int64_t count, Buffer<Acc<T>>& out) {
-  out.allocate_zeros(count);
+  out.allocate_zeros(round_up(count, kCols<Acc<T>>));
   if (!bias) return;
   for (int64_t i = 0; i < count; ++i) out[i] = load(static_cast<const T*>(bias)[i]);
 }

@@ -6,8 +6,6 @@
 
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 
-#include <immintrin.h>
-
 namespace byol::BYOL_ISA {
 
 // Two bf16 numbers that are neighbours along the sum, the first in the low half.
@@ -31,18 +29,18 @@ inline Pair pair(bf16 low, bf16 high) { return Pair(low.bits) | Pair(high.bits) 
 // The first so many of 16.
 inline __mmask16 first_of_16(int64_t count) { return __mmask16(0xffff >> (16 - count)); }
 
-// c[0…kRows, 0…kVectors] (+)= the sum over `pairs` of A's pairs with B's. Pair k of A's row i is at a[i·kRowStep + k·kPairStep]
-// within a block of R/2 pairs; `stride` leads to the next block.
+// c[0…kRows, 0…kVectors] (+)= the sum over `pairs` of A's pairs with B's, each row beginning with `start`, if there is one. Pair k
+// of A's row i is at a[i·kRowStep + k·kPairStep] within a block of R/2 pairs; `stride` leads to the next block.
 template <int kRowStep, int kPairStep, int kRows, int kVectors>
-inline void pair_tile(const Pair* a, int64_t stride, const Pair* b, int64_t pairs, float* c, int64_t ldc, Into into, Ahead& ahead) {
+inline void pair_tile(const Pair* a, int64_t stride, const Pair* b, int64_t pairs, float* c, int64_t ldc, Into into,
+                      const float* start, Ahead& ahead) {
   constexpr int H = kTileRows / 2, L = kLanes<float>, C = kCols<float>;
   __m512 sum[kRows][kVectors];
   if (into == Into::add) fetch_sums(c, ldc);
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v)
-      sum[i][v] = into == Into::begin ? _mm512_loadu_ps(c + i * ldc + v * L) : _mm512_setzero_ps();
+    for (int v = 0; v < kVectors; ++v) sum[i][v] = start ? _mm512_loadu_ps(start + v * L) : _mm512_setzero_ps();
   const auto add_product = [&](int k) {
     __m512bh row[kVectors];
 #pragma GCC unroll 2
@@ -97,7 +95,11 @@ class Weights<bf16> {
       for (int64_t r = 0; r < source.rows; r += 2)
         put_rows(source.row(r), r + 1 < source.rows ? source.row(r + 1) : nullptr, (row + r) / 2, source.cols, col);
     } else {
-      for (int64_t j = 0; j < source.cols; ++j)
+      int64_t j = 0;
+      if constexpr (sizeof(U) == sizeof(bf16))
+        for (; source.row_stride == 1 && source.rows % 32 == 0 && col % 16 == 0 && j + 16 <= source.cols; j += 16)
+          put_columns(source.data + j * source.col_stride, source.col_stride, source.rows, col + j, row / 2);
+      for (; j < source.cols; ++j)
         put_column(source.data + j * source.col_stride, source.row_stride, source.rows, col + j, row / 2);
     }
   }
@@ -116,6 +118,13 @@ class Weights<bf16> {
       _mm512_mask_storeu_epi32(at(pair, first + col), mask, pairs(load_bf16(low + col, mask), high ? load_bf16(high + col, mask) : none));
       col += count;
     }
+  }
+
+  // 16 columns at once, of which each has its numbers one after the other.
+  void put_columns(const bf16* from, int64_t stride, int64_t rows, int64_t col, int64_t pair_row) {
+    for (int64_t r = 0; r < rows; r += 32)
+      visit_columns(from + r, stride * int64_t(sizeof(bf16)),
+                    [&](int i, __m512i numbers) { _mm512_storeu_si512(at(pair_row + r / 2 + i, col), numbers); });
   }
 
   template <class U>
@@ -162,7 +171,7 @@ class Left<bf16> {
   }
 
   void multiply(const Weights<bf16>& weights, int64_t first, int64_t cols, float* out, int64_t ldc, Into into,
-                const View<bf16>& next = {}) const {
+                const View<bf16>& next = {}, const float* start = nullptr) const {
     const int64_t panels = (cols + C - 1) / C, live = min(cols, weights.cols() - first);
     Ahead ahead(next, rows_ / R * (cols_ / R) * panels);
     for (int64_t depth = 0; depth < live_cols_; depth += 2 * kDepth) {
@@ -172,7 +181,8 @@ class Left<bf16> {
           with_edges<float>(live_rows_ - row, live - j * C, [&](auto rows, auto vectors) {
             pair_tile<R / 2, 1, rows.value, vectors.value>(by_column_ + (row * cols_ + depth * R) / 2, R * R / 2,
                                                            weights.panel(first / C + j, depth / 2), pairs, out + row * ldc + j * C,
-                                                           ldc, depth > 0 ? Into::add : into, ahead);
+                                                           ldc, depth > 0 ? Into::add : into,
+                                                           start && depth == 0 ? start + j * C : nullptr, ahead);
           });
     }
   }
@@ -197,7 +207,7 @@ class Left<bf16> {
       for (int64_t col = 0; col < end(j); col += R)
         with_edges<float>(live_cols_ - col, values.cols() - j * C, [&](auto rows, auto vectors) {
           pair_tile<1, R, rows.value, vectors.value>(by_row_ + col * R / 2, cols_ * R / 2, values.panel(j, 0), (live_rows_ + 1) / 2,
-                                                     sums.panels().row(col, j), C, into, nothing);
+                                                     sums.panels().row(col, j), C, into, nullptr, nothing);
         });
   }
 
@@ -215,8 +225,9 @@ class Left<bf16> {
       }
       const auto pack = [&](int64_t j, __mmask16 mask) {
         const __m256i none = _mm256_setzero_si256();
-        pack_block(i < rows ? load_bf16(low + j, mask) : none, i + 1 < rows ? load_bf16(high + j, mask) : none, columns + j * R / 2,
-                   pairs + j * R / 2);
+        const __m256i lower = i < rows ? load_bf16(low + j, mask) : none, higher = i + 1 < rows ? load_bf16(high + j, mask) : none;
+        i + 2 < R ? pack_block<true>(lower, higher, columns + j * R / 2, pairs + j * R / 2)
+                  : pack_block<false>(lower, higher, columns + j * R / 2, pairs + j * R / 2);
       };
       int64_t j = 0;
       for (; j + R <= cols; j += R) pack(j, first_of_16(R));
@@ -241,12 +252,13 @@ class Left<bf16> {
     }
   }
 
-  // R columns of two rows.
+  // R columns of two rows. In whole registers, where what is beyond will be overwritten by the rows that follow.
+  template <bool kWhole>
   static void pack_block(__m256i low, __m256i high, Pair* columns, Pair* pairs) {
-    std::memcpy(columns, &low, R * sizeof(bf16));
-    std::memcpy(columns + R / 2, &high, R * sizeof(bf16));
     const __m512i both = BYOL_ISA::pairs(low, high);
-    std::memcpy(pairs, &both, R * sizeof(Pair));
+    std::memcpy(columns, &low, kWhole ? sizeof low : R * sizeof(bf16));
+    std::memcpy(columns + R / 2, &high, kWhole ? sizeof high : R * sizeof(bf16));
+    std::memcpy(pairs, &both, kWhole ? sizeof both : R * sizeof(Pair));
   }
   Buffer<Pair> by_column_, by_row_;
   int64_t rows_ = 0, cols_ = 0;            // as packed

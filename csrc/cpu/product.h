@@ -11,6 +11,7 @@
 
 #include "memory.h"
 #include "numeric.h"
+#include "transpose.h"
 
 // Bytes in a vector register, and the rows of the register tile: R rows × 2 vectors of accumulators must fit the file.
 #ifndef BYOL_VECTOR_BYTES
@@ -82,16 +83,23 @@ struct View {
   View slice(int64_t first, int64_t count) const { return {data + first * row_stride, row_stride, col_stride, count, cols}; }
 };
 
-// Packed left operand; see the top of the file.
+// Left operand, packed (see the top of the file) or where it is.
 template <class S>
 struct Blocks {
-  S* data;
-  int64_t rows, cols;            // as packed, multiples of kTileRows
-  int64_t live_rows, live_cols;  // without padding
+  static constexpr int R = kTileRows;
 
-  static int64_t row_size(int64_t cols) { return round_up(cols, kTileRows) * kTileRows; }
-  static int64_t size(int64_t rows, int64_t cols) { return round_up(rows, kTileRows) / kTileRows * row_size(cols); }
-  int64_t stride() const { return cols * kTileRows; }  // from one block-row to the next
+  const S* data;
+  int64_t rows, cols;            // with padding, multiples of R
+  int64_t live_rows, live_cols;  // without
+  int64_t step = R, right = R * R, down = cols * R;  // from a row of a block, a block, a block-row to the next
+
+  static int64_t size(int64_t rows, int64_t cols) { return round_up(rows, R) * round_up(cols, R); }
+  // Its padding has to be there, with any numbers in it.
+  static Blocks in_place(const View<S>& source) {
+    const int64_t stride = source.row_stride;
+    return {source.data, round_up(source.rows, R), round_up(source.cols, R), source.rows, source.cols, stride, R, R * stride};
+  }
+  const S* block(int64_t row, int64_t col) const { return data + row / R * down + col / R * right; }
 };
 
 // Columns that are packed at a time: what they are packed into stays in the first-level cache from row to row.
@@ -196,19 +204,21 @@ void pack_panels(const View<T>& source, const Panels<S>& panels, int64_t col = 0
       constexpr int64_t kStrip = 16;
       for (int64_t top = 0; top < source.rows; top += kStrip) {
         const int64_t bottom = min(top + kStrip, source.rows);
-        for (int64_t j = 0; j < width; ++j)
+        int64_t j = 0;
+#ifdef __AVX512F__
+        if constexpr (sizeof(T) == 4 && sizeof(S) == 4)
+          if (source.row_stride == 1 && bottom - top == kStrip)
+            for (; j + 16 <= width; j += 16)
+              visit_columns(from + top + j * source.col_stride, source.col_stride * int64_t(sizeof(T)),
+                            [&](int i, __m512i numbers) { _mm512_storeu_si512(out + (top + i) * C + j, numbers); });
+#endif
+        for (; j < width; ++j)
           for (int64_t r = top; r < bottom; ++r)
             out[r * C + j] = load(from[r * source.row_stride + j * source.col_stride]);
       }
     }
     begin += width;
   }
-}
-
-// The first `rows` rows of C become copies of one row, for sums to begin with.
-template <class S>
-void fill_rows(S* c, int64_t ldc, int64_t rows, const S* row, int64_t count) {
-  for (int64_t r = 0; r < rows; ++r) std::memcpy(c + r * ldc, row, count * sizeof(S));
 }
 
 // In rows first … last: zeros rows beyond `rows` and columns beyond `cols`.
@@ -229,9 +239,9 @@ void zero_padding(const Panels<S>& panels, int64_t rows, int64_t cols) {
   zero_padding(panels, 0, panels.rows, rows, cols);
 }
 
-// What a product does with what C holds: overwrite it, add to it, or begin the sum with it. A bias is where a sum begins:
-// added to a rounded sum, it would be rounded the same way in every row, which does not average out over rows.
-enum class Into { store, add, begin };
+// What a product does with what C holds. A bias is where the sums of a column begin: added to a rounded sum, it would be rounded
+// the same way in every row, which does not average out over rows.
+enum class Into { store, add };
 
 // Whether a line that is fetched as not to be kept goes to the second-level cache all the same, and past the third: it then
 // drives nothing out of there. AMD's processors do that; to Intel's it means the first-level cache, of which it would soon be gone.
@@ -279,10 +289,11 @@ inline void fetch_sums(const S* c, int64_t ldc) {
     for (int j = 0; j < kCols<S>; j += 64 / int(sizeof(S))) __builtin_prefetch(c + i * ldc + j, 1);
 }
 
-// c[0…kRows, 0…kVectors] (+)= Σ over `depth` of the outer products of A (or Aᵀ) with B. `stride` leads from one block of A to
-// the next along the sum.
-template <class S, bool kTransposed, int kRows, int kVectors>
-inline void register_tile(const S* a, int64_t stride, const S* b, int64_t depth, S* c, int64_t ldc, Into into, Ahead& ahead) {
+// c[0…kRows, 0…kVectors] (+)= Σ over `depth` of the outer products of A (or Aᵀ) with B, each row beginning with `start`, if
+// there is one. Rows of a block of A are `step` apart, and `next` leads to the next block along the sum.
+template <class S, bool kTransposed, int kRows, int kVectors, class Step>
+inline void register_tile(const S* a, Step step, int64_t next, const S* b, int64_t depth, S* c, int64_t ldc, Into into,
+                          const S* start, Ahead& ahead) {
   typedef S Vector __attribute__((vector_size(BYOL_VECTOR_BYTES), aligned(alignof(S)), may_alias));
   constexpr int R = kTileRows, L = kLanes<S>, C = kCols<S>;
   Vector sum[kRows][kVectors];
@@ -290,23 +301,22 @@ inline void register_tile(const S* a, int64_t stride, const S* b, int64_t depth,
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v)
-      sum[i][v] = into == Into::begin ? *reinterpret_cast<const Vector*>(c + i * ldc + v * L) : Vector{};
+    for (int v = 0; v < kVectors; ++v) sum[i][v] = start ? *reinterpret_cast<const Vector*>(start + v * L) : Vector{};
   const auto add_product = [&](int k) {
-    const S* column = kTransposed ? a + k * R : a + k;
+    const S* column = kTransposed ? a + k * step : a + k;
     Vector row[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) row[v] = *reinterpret_cast<const Vector*>(b + v * L);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const S value = column[kTransposed ? i : i * R];
+      const S value = column[kTransposed ? i : i * step];
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) sum[i][v] += value * row[v];
     }
     b += C;
   };
   int64_t left = depth;
-  for (; left >= R; left -= R, a += stride) {
+  for (; left >= R; left -= R, a += next) {
     ahead.fetch();
     for (int k = 0; k < R; ++k) add_product(k);
   }
@@ -324,6 +334,7 @@ inline void register_tile(const S* a, int64_t stride, const S* b, int64_t depth,
 template <int kNumber>
 struct Constant {
   static constexpr int value = kNumber;
+  constexpr operator int64_t() const { return kNumber; }
 };
 template <class S, class Body>
 inline void with_edges(int64_t rows, int64_t cols, const Body& body) {
@@ -338,17 +349,27 @@ inline void with_edges(int64_t rows, int64_t cols, const Body& body) {
   return with_rows(Constant<1>{});
 }
 
-// C[a.rows, b.cols] = A·B, row-major with row stride ldc; or added to it, or begun with it.
+// Calls body with how far the rows of a block are apart: a constant where they are packed.
+template <class S, class Body>
+inline void with_step(const Blocks<S>& a, const Body& body) {
+  a.step == kTileRows ? body(Constant<kTileRows>{}) : body(a.step);
+}
+
+// C[a.rows, b.cols] (+)= A·B, row-major with row stride ldc; each row begins with `start`, if there is one.
 template <class S>
-void multiply(const Blocks<S>& a, const Panels<S>& b, Pointer<S> c, int64_t ldc, Into into = Into::store, Ahead ahead = {}) {
+void multiply(const Blocks<S>& a, const Panels<S>& b, Pointer<S> c, int64_t ldc, Into into = Into::store,
+              const S* start = nullptr, Ahead ahead = {}) {
+  constexpr int64_t C = kCols<S>;
   for (int64_t depth = 0; depth < a.live_cols; depth += kDepth) {
-    const int64_t steps = min(kDepth, a.live_cols - depth);
+    const int64_t count = min(kDepth, a.live_cols - depth);
     for (int64_t j = 0; j < b.count(); ++j)
       for (int64_t row = 0; row < a.rows; row += kTileRows)
-        with_edges<S>(a.live_rows - row, b.live_cols - j * kCols<S>, [&](auto rows, auto vectors) {
-          register_tile<S, false, rows.value, vectors.value>(
-              a.data + row * a.cols + depth * kTileRows, kTileRows * kTileRows, b.row(depth, j), steps,
-              c + row * ldc + j * kCols<S>, ldc, depth > 0 ? Into::add : into, ahead);
+        with_edges<S>(a.live_rows - row, b.live_cols - j * C, [&](auto rows, auto vectors) {
+          with_step(a, [&](auto step) {
+            register_tile<S, false, rows.value, vectors.value>(a.block(row, depth), step, a.right, b.row(depth, j), count,
+                                                               c + row * ldc + j * C, ldc, depth > 0 ? Into::add : into,
+                                                               start && depth == 0 ? start + j * C : nullptr, ahead);
+          });
         });
   }
 }
@@ -358,13 +379,15 @@ template <class S, class End>
 void multiply_transposed(const Blocks<S>& a, const Panels<S>& b, const Panels<S>& c, const End& end, Into into) {
   Ahead nothing;
   for (int64_t depth = 0; depth < a.live_rows; depth += kDepth) {
-    const int64_t steps = min(kDepth, a.live_rows - depth);
+    const int64_t count = min(kDepth, a.live_rows - depth);
     for (int64_t j = 0; j < b.count(); ++j)
       for (int64_t col = 0; col < end(j); col += kTileRows)
         with_edges<S>(a.live_cols - col, b.live_cols - j * kCols<S>, [&](auto rows, auto vectors) {
-          register_tile<S, true, rows.value, vectors.value>(a.data + depth * a.cols + col * kTileRows, a.stride(),
-                                                            b.row(depth, j), steps, c.row(col, j), kCols<S>,
-                                                            depth > 0 ? Into::add : into, nothing);
+          with_step(a, [&](auto step) {
+            register_tile<S, true, rows.value, vectors.value>(a.block(depth, col), step, a.down, b.row(depth, j), count,
+                                                              c.row(col, j), kCols<S>, depth > 0 ? Into::add : into,
+                                                              static_cast<const S*>(nullptr), nothing);
+          });
         });
   }
 }

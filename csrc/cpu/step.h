@@ -53,6 +53,7 @@ class Step {
         // Tied weights have one gradient, which wants what both would want.
         wants_code(tied ? args.d_encoder_weight : args.d_decoder_weight),
         wants_slope(args.d_encoder_weight || args.d_encoder_bias || args.code_gradient),
+        curved(wants_slope && args.activation != Activation::identity),
         threads(useful_threads(args, 2)),
         K(args.rank),
         c(2 * args.scale),
@@ -100,7 +101,7 @@ class Step {
     int64_t summed = 0;                                         // rows of Gram tiles since sums were carried
     bool expects_direct = false;                                // of the next tile
     Left<T> input, target;                                      // packed tiles of X and T
-    Left<Code<T>> packed_code;                                  // of Z, then of Y
+    NearLeft<Code<T>> left_code;                                // Z, then Y
     Values<T> values, target_values;                            // V, the right operands of Xᵀ·V and Tᵀ·V
     Values<Code<T>> code_values;                                // Y
     Buffer<S> product, target_product, code, slope, error;
@@ -118,7 +119,7 @@ class Step {
   static_assert(kResidualCols % kWeightRows == 0, "rows of Wd that are taken at a time belong to one block of the direct form");
 
   struct Tile {
-    int64_t first, rows, padded, next;  // first row, rows, with padding, and rows of the tile that follows
+    int64_t first, rows, next;  // first row, rows, and rows of the tile that follows
   };
 
   View<T> target_view() const {
@@ -137,7 +138,7 @@ class Step {
     w.expects_direct = args.form == Form::direct;
     for (int64_t row = first; row < last; row += height) {
       const int64_t rows = min(height, last - row);
-      run_tile(w, {row, rows, pad_rows<T>(rows), min(height, last - row - rows)});
+      run_tile(w, {row, rows, min(height, last - row - rows)});
     }
   }
 
@@ -158,8 +159,8 @@ class Step {
     w.product.allocate(height * weights.input_weights.padded_cols());
     w.code.allocate(code_size);
     w.error.allocate(code_size);
-    if (wants_slope) w.slope.allocate(code_size);
-    w.packed_code.allocate(height, K);
+    if (curved) w.slope.allocate(code_size);
+    w.left_code.allocate(height, K);
     if (separate) {
       w.target.allocate(height, args.out_features);
       w.target_product.allocate(height * weights.target_weights.padded_cols());
@@ -191,7 +192,7 @@ class Step {
     View<T> rows = input_view<T>(args).slice(first, samples);
     rows.row_stride *= count / samples;
     w.input.pack(rows, visit_nothing);
-    multiply_input(w, samples, K, input_view<T>(args).slice(first, min(height, count)));
+    multiply_input(w, K, input_view<T>(args).slice(first, min(height, count)));
     for (int64_t r = 0; r < samples; ++r) {
       activate<S>(args.activation, w.product + r * weights.input_weights.padded_cols(), w.code, nullptr, K);
       for (int64_t k = 0; k < K; ++k) w.centre[k] += w.code[k] / S(samples);
@@ -212,7 +213,7 @@ class Step {
     } else {
       w.input.pack(inputs, measure);
     }
-    multiply_input(w, tile.padded, w.expects_direct ? K : weights.input_weights.padded_cols(), next_inputs);
+    multiply_input(w, w.expects_direct ? K : weights.input_weights.padded_cols(), next_inputs);
     encode(w, tile);
     const Energy energy = w.statistics.energy(tile.rows);
     const bool direct = w.expects_direct || !gram_loss(w, tile, energy);
@@ -227,20 +228,18 @@ class Step {
   }
 
   // U, in the first `cols` columns, and what else of X·[Weᵀ, Wd] is wanted.
-  void multiply_input(Worker& w, int64_t rows, int64_t cols, const View<T>& next) const {
+  void multiply_input(Worker& w, int64_t cols, const View<T>& next) const {
     const int64_t width = weights.input_weights.padded_cols();
-    fill_rows<S>(w.product, width, rows, weights.product_start, width);
-    w.input.multiply(weights.input_weights, 0, cols, w.product, width, Into::begin, next);
+    w.input.multiply(weights.input_weights, 0, cols, w.product, width, Into::store, next, weights.product_start);
   }
 
-  // Z = f(U) and f′(U); the padding rows of Z are zero.
+  // Z = f(U) and, where it is not 1, f′(U).
   void encode(Worker& w, const Tile& tile) {
     for (int64_t r = 0; r < tile.rows; ++r) {
       const S* product = w.product + r * weights.input_weights.padded_cols();
-      activate(args.activation, product, w.code + r * code_stride(), wants_slope ? w.slope + r * code_stride() : nullptr, K);
+      activate(args.activation, product, w.code + r * code_stride(), curved ? w.slope + r * code_stride() : nullptr, K);
       if (args.code) std::memcpy(static_cast<S*>(args.code) + (tile.first + r) * K, w.code + r * code_stride(), K * sizeof(S));
     }
-    for (int64_t r = tile.rows; r < tile.padded; ++r) std::memset(w.code + r * code_stride(), 0, K * sizeof(S));
   }
 
   // Makes E = Z G − Q and adds the tile's Σ R²; false when the direct form has to do the tile instead.
@@ -248,8 +247,8 @@ class Step {
     if (separate)
       w.target.multiply(weights.target_weights, 0, K, w.target_product, weights.target_weights.padded_cols(), Into::store,
                         target_view().slice(tile.first + tile.rows, tile.next));
-    w.packed_code.pack(code(w, tile.padded), visit_nothing);
-    w.packed_code.multiply(weights.gram_weights, 0, K, w.error, code_stride(), Into::store);
+    w.left_code.take(code(w, tile.rows));
+    w.left_code.multiply(weights.gram_weights, 0, K, w.error, code_stride(), Into::store);
     const S* products = separate ? w.target_product : w.product + (joint ? K : 0);
     const int64_t stride = separate ? weights.target_weights.padded_cols() : weights.input_weights.padded_cols();
     sum_codes(w, tile);
@@ -289,7 +288,7 @@ class Step {
   // Z times what rounding took from G; where rows are few, of their mean, in all rows.
   View<S> multiply_lost(Worker& w, const Tile& tile) const {
     if (exceeds(kRounded, w.missed)) {
-      w.packed_code.multiply(weights.lost_weights, 0, K, w.lost, code_stride(), Into::store);
+      w.left_code.multiply(weights.lost_weights, 0, K, w.lost, code_stride(), Into::store);
       return {w.lost, code_stride(), 1, tile.rows, K};
     }
     std::memset(w.lost, 0, K * sizeof(S));
@@ -300,22 +299,20 @@ class Step {
     return {w.lost, 0, 1, tile.rows, K};
   }
 
-  // dU = E ⊙ f′(U), in the place of f′(U).
+  // dU = E ⊙ f′(U), in the place of E.
   void finish_slope(Worker& w, const Tile& tile) {
     for (int64_t r = 0; r < tile.rows; ++r) {
-      S* slope = w.slope + r * code_stride();
-      const S* e = w.error + r * code_stride();
-      for (int64_t k = 0; k < K; ++k) slope[k] *= e[k];
-      if (args.code_gradient)
-        std::memcpy(static_cast<S*>(args.code_gradient) + (tile.first + r) * K, slope, K * sizeof(S));
+      S* e = w.error + r * code_stride();
+      for (int64_t k = 0; curved && k < K; ++k) e[k] *= w.slope[r * code_stride() + k];
+      if (args.code_gradient) std::memcpy(static_cast<S*>(args.code_gradient) + (tile.first + r) * K, e, K * sizeof(S));
     }
     add_rows(slopes(w, tile.rows), w.slope_sum);
   }
 
-  // The first rows of Z or, later, of Y; in padding rows it is zero.
+  // The first rows of Z or, later, of Y.
   View<S> code(const Worker& w, int64_t rows) const { return {w.code, code_stride(), 1, rows, K}; }
 
-  View<S> slopes(const Worker& w, int64_t rows) const { return {w.slope, code_stride(), 1, rows, K}; }
+  View<S> slopes(const Worker& w, int64_t rows) const { return {w.error, code_stride(), 1, rows, K}; }
 
   // Y, in the place of Z.
   void centre_codes(Worker& w, const Tile& tile) const {
@@ -335,9 +332,9 @@ class Step {
       w.statistics.keep_tile();
       if (wants_code) {
         centre_codes(w, tile);
-        w.packed_code.pack(code(w, tile.padded), visit_nothing);
+        w.left_code.take(code(w, tile.rows));
         fill(w.code_values, code(w, tile.rows));
-        w.packed_code.multiply_symmetric(w.code_values, w.code_products);
+        w.left_code.multiply_symmetric(w.code_values, w.code_products);
       }
       if (separate && wants_code) {
         fill(w.target_values, code(w, tile.rows));
@@ -360,7 +357,7 @@ class Step {
     if (args.d_encoder_weight) {
       if (tied && !separate && !direct)
         for (int64_t r = 0; r < tile.rows; ++r)
-          for (int64_t k = 0; k < K; ++k) w.slope[r * code_stride() + k] -= w.code[r * code_stride() + k];
+          for (int64_t k = 0; k < K; ++k) w.error[r * code_stride() + k] -= w.code[r * code_stride() + k];
       w.values.put(slopes(w, tile.rows), slope_column());
     }
     w.values.pad();
@@ -489,7 +486,7 @@ class Step {
   }
 
   const StepArgs& args;
-  const bool tied, separate, joint, wants_code, wants_slope;
+  const bool tied, separate, joint, wants_code, wants_slope, curved;
   const int threads;
   const int64_t K;
   const double c;

@@ -370,15 +370,18 @@ class TileLeft {
       }
   }
 
+  void take(const View<float>& tile) { pack(tile, visit_nothing); }
+
   // The rows that follow are not fetched meanwhile: the lines come in the way of those that the products wait for.
   void multiply(const TileWeights<T>& weights, int64_t first, int64_t cols, float* out, int64_t ldc, Into into,
-                const View<T>& = {}) const {
+                const View<T>& = {}, const float* start = nullptr) const {
+    for (int64_t r = 0; start && r < blocks_.rows() * kEdge; ++r) std::memcpy(out + r * ldc, start, round_up(cols, kEdge) * sizeof(float));
     for (int64_t depth = 0; depth < blocks_.cols(); depth += kDepth)
       for (int64_t j = 0; j * kEdge < cols; ++j)
         for (int64_t i = 0; i < blocks_.rows(); ++i)
           multiply_blocks<P>(blocks_.at(i, depth), P * kBlock, weights.blocks().at(first / kEdge + j, depth), P * kBlock,
                              min(kDepth, blocks_.cols() - depth), out + i * kEdge * ldc + j * kEdge, ldc,
-                             depth > 0 || into != Into::store, [] {});
+                             depth > 0 || start || into == Into::add, [] {});
   }
 
   void multiply_transposed(const TileValues<T>& values, TileSums& sums, int64_t first = 0) const {
@@ -455,7 +458,9 @@ class TileLeft {
   template <>                                           \
   class Sums<T> : public TileSums {};                   \
   template <>                                           \
-  class Left<T> : public TileLeft<T> {};
+  class Left<T> : public TileLeft<T> {};                \
+  template <>                                           \
+  class NearLeft<T> : public TileLeft<T> {};
 
 BYOL_IN_TILES(float)
 BYOL_IN_TILES(bf16)

@@ -133,13 +133,34 @@ class Sums {
   // The same with out[j·stride + i].
   void add_columns(S* out, int64_t stride, const Region& region, double factor, Into into = Into::add) const {
     sums_.visit([&](const auto* numbers) {
-      for (int64_t j = 0; j < region.cols; ++j)
-        put(out + j * stride, numbers + panels_.offset(region.row, region.col + j), kCols<S>, region.rows, factor, into);
+      for (int64_t j = 0; j < region.cols;) {
+        const auto* from = numbers + panels_.offset(region.row, region.col + j);
+        const int64_t width = min(kCols<S> - (region.col + j) % kCols<S>, region.cols - j);
+        put_columns(out + j * stride, stride, from, width, region.rows, factor, into);
+        j += width;
+      }
       into = Into::add;
     });
   }
 
  private:
+  // out[j·stride + i], i < rows and j < cols, of a panel's number at row i and column j.
+  template <class N>
+  static void put_columns(S* out, int64_t stride, const N* from, int64_t cols, int64_t rows, double factor, Into into) {
+    int64_t first = 0;
+#ifdef __AVX512F__
+    if constexpr (sizeof(N) == 4)
+      for (; cols % 16 == 0 && first + 16 <= rows; first += 16)
+        for (int64_t col = 0; col < cols; col += 16)
+          visit_columns(from + first * kCols<S> + col, kCols<S> * sizeof(N), [&](int j, __m512i numbers) {
+            S* to = out + (col + j) * stride + first;
+            const __m512 before = into == Into::add ? _mm512_loadu_ps(to) : _mm512_setzero_ps();
+            _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_castsi512_ps(numbers), _mm512_set1_ps(float(factor)), before));
+          });
+#endif
+    for (int64_t j = 0; j < cols; ++j) put(out + j * stride + first, from + first * kCols<S> + j, kCols<S>, rows - first, factor, into);
+  }
+
   template <class N, class Out>
   static void put(Out* out, const N* from, int64_t step, int64_t count, double factor, Into into) {
     for (int64_t i = 0; i < count; ++i) out[i] = Out(N(factor) * from[i * step]) + (into == Into::add ? out[i] : Out(0));
@@ -152,9 +173,37 @@ class Sums {
 // A packed tile leaves room for others in a second-level cache of 1 MiB.
 constexpr int64_t kTileBytes = 384 * 1024, kHighRankRows = 96, kFewRows = 48;
 
-// A tile of T.
+// The products of a tile of T.
 template <class T>
-class Left {
+class LeftProducts {
+  using S = Acc<T>;
+
+ public:
+  // out (+)= T·W, row-major, for columns first … first + cols of W and what shares a panel with them; each row begins with `start`,
+  // if there is one. Meanwhile the rows that will be packed next are fetched.
+  void multiply(const Weights<T>& weights, int64_t first, int64_t cols, S* out, int64_t ldc, Into into,
+                const View<T>& next = {}, const S* start = nullptr) const {
+    const Panels<S> panels = weights.panels().from(first).until(cols);
+    const Ahead ahead(next, blocks_.rows / kTileRows * (blocks_.cols / kTileRows) * panels.count());
+    byol::BYOL_ISA::multiply(blocks_, panels, out, ldc, into, start, ahead);
+  }
+  // sums += Tᵀ·V, the columns from `first` on, and what shares a panel with them.
+  void multiply_transposed(const Values<T>& values, Sums<T>& sums, int64_t first = 0) const {
+    byol::BYOL_ISA::multiply_transposed(blocks_, values.panels().from(first), sums.panels().from(first), sums.begin(first == 0));
+  }
+  // sums += TᵀT, V being T; on and above the diagonal.
+  void multiply_symmetric(const Values<T>& values, Sums<T>& sums) const {
+    sums.begin(false);
+    byol::BYOL_ISA::multiply_symmetric(blocks_, values.panels(), sums.panels());
+  }
+
+ protected:
+  Blocks<S> blocks_{};
+};
+
+// A tile of T, packed.
+template <class T>
+class Left : public LeftProducts<T> {
   using S = Acc<T>;
 
  public:
@@ -168,29 +217,20 @@ class Left {
   // Calls visit(row, col) after each block.
   template <class U, class Visit>
   void pack(const View<U>& tile, const Visit& visit) {
-    blocks_ = pack_blocks<S>(tile, data_, visit);
-  }
-  // out = T·W, row-major, for columns first … first + cols of W and what shares a panel with them; or what out holds and that.
-  // Meanwhile the rows that will be packed next are fetched.
-  void multiply(const Weights<T>& weights, int64_t first, int64_t cols, S* out, int64_t ldc, Into into,
-                const View<T>& next = {}) const {
-    const Panels<S> panels = weights.panels().from(first).until(cols);
-    const Ahead ahead(next, blocks_.rows / kTileRows * (blocks_.cols / kTileRows) * panels.count());
-    byol::BYOL_ISA::multiply(blocks_, panels, out, ldc, into, ahead);
-  }
-  // sums += Tᵀ·V, the columns from `first` on, and what shares a panel with them.
-  void multiply_transposed(const Values<T>& values, Sums<T>& sums, int64_t first = 0) const {
-    byol::BYOL_ISA::multiply_transposed(blocks_, values.panels().from(first), sums.panels().from(first), sums.begin(first == 0));
-  }
-  // sums += TᵀT, V being T; on and above the diagonal.
-  void multiply_symmetric(const Values<T>& values, Sums<T>& sums) const {
-    sums.begin(false);
-    byol::BYOL_ISA::multiply_symmetric(blocks_, values.panels(), sums.panels());
+    this->blocks_ = pack_blocks<S>(tile, data_, visit);
   }
 
  private:
   Buffer<S> data_;
-  Blocks<S> blocks_{};
+};
+
+// A tile of numbers in the accumulation type that lie in a near cache, one row after the other: no need to pack them.
+template <class T>
+class NearLeft : public LeftProducts<T> {
+ public:
+  void allocate(int64_t, int64_t) {}
+  // Its padding, up to a multiple of kTileRows rows and columns, has to be there, with any numbers in it.
+  void take(const View<Acc<T>>& tile) { this->blocks_ = Blocks<Acc<T>>::in_place(tile); }
 };
 
 // The whole of a right operand.
