@@ -133,12 +133,12 @@ def test_rules_for_pytorch(
     assert found is None if reason is None else found is not None and found.startswith(reason)
 
 
-@pytest.mark.parametrize("instruction_set", ["avx512_bf16", "avx2"])
 @pytest.mark.parametrize(
-    ("shape", "reason"),
+    ("instruction_set", "shape", "reason"),
     [
-        ((1024, 1024, 256), "PyTorch is faster on fewer rows than "),
-        ((65536, 64, 48), "PyTorch is faster on fewer features than "),
+        ("avx2", (1024, 1024, 256), "PyTorch is faster on fewer rows than "),
+        ("avx2", (65536, 64, 48), "PyTorch is faster on fewer features than "),
+        ("avx512_bf16", (65536, 64, 48), "PyTorch is faster on fewer features than "),
     ],
 )
 def test_rules_for_pytorch_that_tiles_do_not_need(
@@ -151,9 +151,10 @@ def test_rules_for_pytorch_that_tiles_do_not_need(
     assert Crossovers("amx").reason_for_pytorch(call) is None
 
 
-def test_a_layer_is_the_kernels_for_its_rank_or_its_outputs() -> None:
-    rules = Crossovers("amx")
-    for rows, rank, native in ((4096, 16, False), (4096, 32, True), (8192, 16, True)):
+@pytest.mark.parametrize(("instruction_set", "enough"), [("amx", 32), ("avx512_bf16", 256)])
+def test_a_layer_is_the_kernels_for_its_rank_or_its_outputs(instruction_set: str, enough: int) -> None:
+    rules = Crossovers(instruction_set)
+    for rows, rank, native in ((4096, enough - 16, False), (4096, enough, True), (8192, enough - 16, True)):
         call = Call("bottleneck", torch.float32, rows, 1024, 1024, rank)
         assert (rules.reason_for_pytorch(call) is None) == native
 

@@ -48,14 +48,14 @@ class _Operations(NamedTuple):
 # Outputs whose memory PyTorch has mapped anew for every call: 32 MiB.
 _LARGE, _LARGE_BFLOAT16 = 2**23, 2**24
 _ON_AVX512 = _Operations(
-    step=_Least(6_000_000, 8, 2),
-    loss=_Least(8_000_000, 16, 4),
-    layer=_Least(8_000_000, 8, outputs=_LARGE),
+    step=_Least(500_000, 4, 2),
+    loss=_Least(8_000_000, 8, 4),
+    layer=_Least(8_000_000, 8, outputs=_LARGE, or_rank=256),
     layer_step=_Least(32_000_000, 16),
 )
 _BFLOAT16_ON_AVX512 = _Operations(
-    step=_Least(4_000_000, 8, 4),
-    loss=_Least(4_000_000, 32, 4),
+    step=_Least(500_000, 8, 4),
+    loss=_Least(500_000, 16, 4),
     layer=_Least(8_000_000, 8, outputs=_LARGE_BFLOAT16),
     layer_step=_Least(8_000_000, 8, outputs=_LARGE_BFLOAT16),
 )
