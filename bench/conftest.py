@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from .heap import keep_freed_memory
 from .machine import describe
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="small shapes and few rounds: shows that the suite works")
-
-
-def pytest_configure() -> None:
-    keep_freed_memory()
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, object]:

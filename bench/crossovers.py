@@ -18,7 +18,6 @@ import byol_fast as bf
 from byol_fast import files
 from byol_fast.backends import Call, choose
 
-from .heap import keep_freed_memory
 from .machine import describe
 
 SECONDS = 0.3
@@ -109,7 +108,6 @@ def table(cases: list[dict]) -> str:
 
 
 def main() -> None:
-    keep_freed_memory()
     cases, machine = measure(), describe()
     name = f"crossovers-{machine['instruction_set']}.json"
     with files.replacing(Path(__file__).with_name("results") / name) as path:

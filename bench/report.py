@@ -27,8 +27,7 @@ machine of this kind, and this page from it; do not edit it by hand.
 with the 20th and 80th percentile. Every result is first checked against float64 from the same rounded inputs: a variant
 whose loss or gradients are off by more than the accuracy contract allows (for float32 twice what eager PyTorch is off
 by, or 2e-5 if that is more; for bfloat16 1.05 times, or 2e-3) has no time here, only a ✗. `byol_fast` chooses its
-backend by itself, as it does for a user. The C library keeps what is freed, so that no variant's time holds the giving
-back of another's memory.
+backend by itself, as it does for a user.
 
 **The peers.** *eager*: `F.mse_loss` of two `F.linear`, through autograd. *torch.compile*: the same, compiled for the
 very shape. *chunked*: row chunks that stay in cache, gradients by hand, temporaries reused. *Gram in PyTorch*: the same
