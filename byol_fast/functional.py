@@ -117,7 +117,7 @@ def bottleneck(
     small = _small_bottleneck(tensors, activation, residual)
     if small is not None:
         return small
-    call = signature(tensors, activation, residual)
+    call = signature(tensors, activation, bool(residual))
     backend = recall(call) or remember(call, _layer_backend(tensors, activation, residual))
     if backend == "reference":
         return reference.bottleneck(*tensors.operands(), activation=activation, residual=residual)

@@ -48,7 +48,11 @@ def signature(tensors: Sequence[Tensor | None], *options: Hashable) -> Hashable:
 
 def recall(call: Hashable) -> str | None:
     """The backend of a call with this signature, if there was one before."""
-    return None if call is None else _backends.get(call)
+    try:
+        return None if call is None else _backends.get(call)
+    except TypeError:
+        # An option that has no hash is no name: the checks say so.
+        return None
 
 
 def remember(call: Hashable, backend: str) -> str:

@@ -92,6 +92,12 @@ def test_a_mistake_after_a_good_call_is_found(operands):
         operands.call(bf.bottleneck_mse_loss, reduction="median")
 
 
+@pytest.mark.parametrize("option", ["activation", "reduction"])
+def test_an_option_without_a_hash_is_a_mistake_like_any_other(operands, option):
+    with pytest.raises(ValueError, match=option):
+        operands.call(bf.bottleneck_mse_loss, **{option: ["mean"]})
+
+
 def test_a_mistake_is_found_again(operands):
     wrong = replace(operands, encoder_bias=operands.decoder_bias)
     for _ in range(2):

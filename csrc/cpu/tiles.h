@@ -375,7 +375,8 @@ class TileLeft {
   // The rows that follow are not fetched meanwhile: the lines come in the way of those that the products wait for.
   void multiply(const TileWeights<T>& weights, int64_t first, int64_t cols, float* out, int64_t ldc, Into into,
                 const View<T>& = {}, const float* start = nullptr) const {
-    for (int64_t r = 0; start && r < blocks_.rows() * kEdge; ++r) std::memcpy(out + r * ldc, start, round_up(cols, kEdge) * sizeof(float));
+    for (int64_t r = 0; start && r < blocks_.rows() * kEdge; ++r)
+      std::memcpy(out + r * ldc, start, round_up(cols, kEdge) * sizeof(float));
     for (int64_t depth = 0; depth < blocks_.cols(); depth += kDepth)
       for (int64_t j = 0; j * kEdge < cols; ++j)
         for (int64_t i = 0; i < blocks_.rows(); ++i)
