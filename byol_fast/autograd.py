@@ -285,7 +285,8 @@ class _StepBackward(_Kernel):
         if not any(needs[:2]):
             return None, None, *weights
         count = tensors[0].shape[0] * Weights(*tensors[2:]).out_features
-        scale = 2 * as_dtype(grad, code.dtype) / (count if reduction == "mean" else 1)
+        grad = as_dtype(grad, code.dtype)
+        scale = 2 * grad / count if reduction == "mean" else 2 * grad
         data = ops.step_input_gradients(*tensors, code, code_gradient, scale, needs[:2], backend)
         return *(result if need else None for result, need in zip(data, needs[:2], strict=True)), *weights
 

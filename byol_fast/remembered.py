@@ -1,7 +1,7 @@
 """Calls that are like one before: the backend that checks and choice came to is remembered by all that they look at.
 
-Checks and choice run through so much code that they take a tenth of a millisecond where a kernel has just driven all of
-it out of the caches; in a loop of training steps, every call but the first is like one before.
+Checks and choice run through so much code that a step feels them where a kernel has just driven all of it out of the
+caches; in a loop of training steps, every call but the first is like one before.
 """
 
 from __future__ import annotations

@@ -97,8 +97,9 @@ class Weights<bf16> {
     } else {
       int64_t j = 0;
       if constexpr (sizeof(U) == sizeof(bf16))
-        for (; source.row_stride == 1 && source.rows % 32 == 0 && col % 16 == 0 && j + 16 <= source.cols; j += 16)
-          put_columns(source.data + j * source.col_stride, source.col_stride, source.rows, col + j, row / 2);
+        if (source.row_stride == 1 && source.rows % 32 == 0 && col % 16 == 0)
+          for (; j + 16 <= source.cols; j += 16)
+            put_columns(source.data + j * source.col_stride, source.col_stride, source.rows, col + j, row / 2);
       for (; j < source.cols; ++j)
         put_column(source.data + j * source.col_stride, source.row_stride, source.rows, col + j, row / 2);
     }

@@ -291,8 +291,8 @@ inline void fetch_sums(const S* c, int64_t ldc) {
 
 // c[0…kRows, 0…kVectors] (+)= Σ over `depth` of the outer products of A (or Aᵀ) with B, each row beginning with `start`, if
 // there is one. Rows of a block of A are `step` apart, and `next` leads to the next block along the sum.
-template <class S, bool kTransposed, int kRows, int kVectors, class Step>
-inline void register_tile(const S* a, Step step, int64_t next, const S* b, int64_t depth, S* c, int64_t ldc, Into into,
+template <class S, bool kTransposed, int kRows, int kVectors, class RowStep>
+inline void register_tile(const S* a, RowStep step, int64_t next, const S* b, int64_t depth, S* c, int64_t ldc, Into into,
                           const S* start, Ahead& ahead) {
   typedef S Vector __attribute__((vector_size(BYOL_VECTOR_BYTES), aligned(alignof(S)), may_alias));
   constexpr int R = kTileRows, L = kLanes<S>, C = kCols<S>;

@@ -264,12 +264,9 @@ template <>
 inline Square<float> transposed(const Square<float>& block) {
   Square<float> out;
   for (int64_t i = 0; i < kEdge; i += 16)
-    for (int64_t j = 0; j < kEdge; j += 16) {
-      __m512i numbers[16];
-      for (int64_t r = 0; r < 16; ++r) numbers[r] = _mm512_load_si512(block.rows[i + r] + j);
-      transpose(numbers);
-      for (int64_t r = 0; r < 16; ++r) _mm512_store_si512(out.rows[j + r] + i, numbers[r]);
-    }
+    for (int64_t j = 0; j < kEdge; j += 16)
+      visit_columns(block.rows[i] + j, sizeof block.rows[i],
+                    [&](int r, __m512i numbers) { _mm512_store_si512(out.rows[j + r] + i, numbers); });
   return out;
 }
 

@@ -150,13 +150,14 @@ class Sums {
     int64_t first = 0;
 #ifdef __AVX512F__
     if constexpr (sizeof(N) == 4)
-      for (; cols % 16 == 0 && first + 16 <= rows; first += 16)
-        for (int64_t col = 0; col < cols; col += 16)
-          visit_columns(from + first * kCols<S> + col, kCols<S> * sizeof(N), [&](int j, __m512i numbers) {
-            S* to = out + (col + j) * stride + first;
-            const __m512 before = into == Into::add ? _mm512_loadu_ps(to) : _mm512_setzero_ps();
-            _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_castsi512_ps(numbers), _mm512_set1_ps(float(factor)), before));
-          });
+      if (cols % 16 == 0)
+        for (; first + 16 <= rows; first += 16)
+          for (int64_t col = 0; col < cols; col += 16)
+            visit_columns(from + first * kCols<S> + col, kCols<S> * sizeof(N), [&](int j, __m512i numbers) {
+              S* to = out + (col + j) * stride + first;
+              const __m512 before = into == Into::add ? _mm512_loadu_ps(to) : _mm512_setzero_ps();
+              _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_castsi512_ps(numbers), _mm512_set1_ps(float(factor)), before));
+            });
 #endif
     for (int64_t j = 0; j < cols; ++j) put(out + j * stride + first, from + first * kCols<S> + j, kCols<S>, rows - first, factor, into);
   }
